@@ -1,0 +1,1 @@
+"""Optax programs that learn something small on top of a frozen model."""

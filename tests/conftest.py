@@ -1,0 +1,28 @@
+"""A stricter process than a user's: what JAX would quietly convert, broadcast or warn about is an error here.
+
+The settings are environment variables, set before JAX is first imported, so that command lines which a test starts are
+as strict.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "jax" in sys.modules:
+    raise RuntimeError("jax was imported before tests/conftest.py could configure it (a pytest plugin?)")
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    JAX_NUM_CPU_DEVICES="4",  # sharding is exercised without an accelerator
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    JAX_NUMPY_RANK_PROMOTION="raise",
+    HF_HUB_OFFLINE="1",
+    MPLBACKEND="agg",
+)
+
+from hypothesis import settings
+
+# The same examples on every run, and no deadline: the first example of a property pays for compiling.
+settings.register_profile("suite", derandomize=True, deadline=None, max_examples=25, print_blob=True)
+settings.load_profile("suite")
