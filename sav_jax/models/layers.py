@@ -1,0 +1,106 @@
+"""The small pieces every tower is made of. Modules own parameters; everything else is a function of arrays.
+
+Axes: B batch, T tokens, D model width, F feed-forward width, N heads, H head width. Compute follows the activations'
+dtype; norms and rotations are done in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x),
+    "silu": jax.nn.silu,
+}
+
+
+class Projection(nn.Module):
+    """``einsum(equation, x, kernel) + bias``: every weight matrix of every tower.
+
+    Attributes:
+        equation: for example ``"BTD,DNH->BTNH"``; the second operand is the kernel.
+        shape: the kernel's shape, input axes first.
+        bias_axes: how many trailing kernel axes the bias spans; 0 means no bias.
+    """
+
+    equation: str
+    shape: tuple[int, ...]
+    bias_axes: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs = len(self.equation.split(",")[1].split("->")[0]) - self._output_axes()
+        init = nn.initializers.lecun_normal(
+            in_axis=tuple(range(inputs)), out_axis=tuple(range(inputs, len(self.shape)))
+        )
+        kernel = self.param("kernel", init, self.shape)
+        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if self.bias_axes:
+            bias = self.param("bias", nn.initializers.zeros_init(), self.shape[-self.bias_axes :])
+            y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+        return y
+
+    def _output_axes(self) -> int:
+        operands, result = self.equation.split("->")
+        return sum(axis in result for axis in operands.split(",")[1])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale, statistics in float32 (Llama, Qwen)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias, statistics in float32 (vision towers)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        y = y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)
+        return (y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(x.dtype)
+
+
+def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the rotary embedding (RoFormer, arXiv 2104.09864), float32.
+
+    Args:
+        positions: int32 ``[B, T]``.
+        head_dim: H, even.
+        theta: base of the wavelengths.
+
+    Returns:
+        Two ``[B, T, H / 2]`` arrays.
+    """
+    frequencies = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Apply rotary embedding to ``x`` ``[B, T, N, H]``; channel i turns with channel i + H/2 (the Hugging Face
+    convention).
+    """
+    cos, sin = (a[:, :, None, :] for a in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,346 @@
+"""Hugging Face safetensors <-> parameter trees, by one strict table used in both directions.
+
+Every key of the checkpoint is consumed exactly once or named as ignored, every parameter is filled, every shape is
+checked, and all problems come in one error before a byte of weights is read. Only safetensors; nothing is unpickled and
+no remote code is run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from einops import rearrange
+from flax import traverse_util
+
+from sav_jax.errors import UserError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter and where it lives.
+
+    Attributes:
+        target: parameter path, ``/`` between names.
+        source: checkpoint key; ``{layer}`` runs over the stacked layers.
+        pattern: einops pattern from the stored to the wanted layout of one layer; read backwards when saving.
+        sizes: axis sizes the pattern needs.
+        layers: how many layers are stacked on axis 0 of the parameter; None for a parameter of its own.
+        copy: an optional second name of a parameter another entry fills (tied embeddings); if stored it must be equal.
+    """
+
+    target: str
+    source: str
+    pattern: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    layers: int | None = None
+    copy: bool = False
+
+    def stored_keys(self) -> list[str]:
+        """Checkpoint keys, one per layer."""
+        if self.layers is None:
+            return [self.source]
+        return [self.source.format(layer=i) for i in range(self.layers)]
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of one stored tensor for a parameter of (stacked) ``shape``."""
+        shape = tuple(shape) if self.layers is None else tuple(shape)[1:]
+        return _rearranged_shape(self._reversed(), shape, self.sizes)
+
+    def to_param(self, tensor: np.ndarray) -> np.ndarray:
+        """One stored tensor -> the parameter (of one layer)."""
+        return rearrange(tensor, self.pattern, **self.sizes)
+
+    def to_stored(self, param: np.ndarray) -> np.ndarray:
+        """The parameter (of one layer) -> one stored tensor."""
+        return rearrange(param, self._reversed(), **self.sizes)
+
+    def _reversed(self) -> str:
+        left, right = self.pattern.split("->")
+        return f"{right.strip()} -> {left.strip()}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """All entries of a model, and what else its checkpoints may contain.
+
+    Attributes:
+        entries: canonical names, which are also the names written.
+        renames: ``(pattern, replacement)`` pairs applied in order to a stored key to make it canonical (other releases'
+            names).
+        ignored: patterns (``re.fullmatch`` on the canonical key) of keys that are left out, each with its reason beside
+            it.
+    """
+
+    entries: tuple[Entry, ...]
+    renames: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def canonical(self, key: str) -> str:
+        for pattern, replacement in self.renames:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+
+class CheckpointError(UserError):
+    """A checkpoint that does not fit its model: the lists of all keys at fault."""
+
+    def __init__(
+        self, where: Path, missing: list[str], unknown: list[str], misshapen: list[str], duplicated: list[str]
+    ):
+        self.missing, self.unknown, self.misshapen, self.duplicated = missing, unknown, misshapen, duplicated
+        problems = {"missing": missing, "unknown": unknown, "wrong shape": misshapen, "duplicated": duplicated}
+        parts = [f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems.items() if keys]
+        super().__init__(f"{where}: weights do not fit config.json: {'; '.join(parts)}")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Header of one tensor: nothing is read until :meth:`read`."""
+
+    file: Path
+    key: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """The tensor, memory-mapped: pages are read as they are used."""
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape) if self.shape else self._scalar()
+
+    def _scalar(self) -> np.ndarray:
+        return np.fromfile(self.file, self.dtype, 1, offset=self.offset).reshape(())
+
+
+def read_headers(directory: Path) -> Iterator[StoredTensor]:
+    """Headers of every tensor of a checkpoint directory, in file order.
+
+    Raises:
+        UserError: no weights, a file named by the index is missing, or a file is truncated or not safetensors; names
+            the file.
+    """
+    for file in weight_files(directory):
+        yield from _file_headers(file)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in name order (see :func:`read_headers`)."""
+    index = directory / INDEX_FILE
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not a safetensors index ({error})") from None
+        files = [directory / name for name in names]
+        for file in files:
+            if not file.exists():
+                raise UserError(f"{file}: missing, but named by {INDEX_FILE}")
+        return files
+    single = directory / "model.safetensors"
+    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{directory}: no *.safetensors file in it (only safetensors are read, never pickled weights)")
+    return files
+
+
+def _file_headers(file: Path) -> Iterator[StoredTensor]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else math.inf
+        if 8 + length > size:
+            raise UserError(f"{file}: truncated or not a safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(int(length)))
+        except ValueError:
+            raise UserError(f"{file}: not a safetensors file (unreadable header)") from None
+    begin = 8 + int(length)
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        start, stop = entry["data_offsets"]
+        if begin + stop > size:
+            raise UserError(f"{file}: truncated: {key} ends at byte {begin + stop}, the file has {size}")
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{file}: {key} is stored as {entry['dtype']}, which is not one of {', '.join(DTYPES)}")
+        yield StoredTensor(file, key, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + start)
+
+
+def load_params(
+    directory: Path,
+    table: Table,
+    abstract: Mapping[str, Any],
+    dtype: Any,
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> dict[str, Any]:
+    """Read a checkpoint into a parameter tree.
+
+    Args:
+        directory: a folder of safetensors, single or sharded with an index.
+        table: the model's table.
+        abstract: the wanted tree (``jax.eval_shape`` of ``init``).
+        dtype: every parameter is cast to it.
+        sharding: parameter path and shape -> where it goes; each process reads only its slices. None: one default
+            device.
+
+    Raises:
+        CheckpointError: keys missing, unknown, misshapen or duplicated; all of them.
+        UserError: unreadable files.
+    """
+    wanted = traverse_util.flatten_dict(abstract, sep="/")
+    tensors = _match(directory, table, wanted)
+    flat = {}
+    for entry in table.entries:
+        if entry.copy:
+            _check_copy(entry, table, tensors)
+            continue
+        sources = [tensors[key] for key in entry.stored_keys()]
+        shape = wanted[entry.target].shape
+
+        def read(index: Any, entry: Entry = entry, sources: list[StoredTensor] = sources) -> np.ndarray:
+            if entry.layers is None:
+                return np.ascontiguousarray(entry.to_param(sources[0].read())[index]).astype(dtype)
+            layers = [entry.to_param(source.read())[index[1:]].astype(dtype) for source in sources[index[0]]]
+            return np.stack(layers)
+
+        if sharding is None:
+            flat[entry.target] = jax.numpy.asarray(read((slice(None),) * len(shape)))
+        else:
+            flat[entry.target] = jax.make_array_from_callback(shape, sharding(entry.target, shape), read)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _match(directory: Path, table: Table, wanted: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Canonical key -> stored tensor, after every check."""
+    tensors: dict[str, StoredTensor] = {}
+    duplicated = []
+    for tensor in read_headers(directory):
+        key = table.canonical(tensor.key)
+        if key in tensors:
+            duplicated.append(f"{tensor.key} = {tensors[key].key}")
+        tensors[key] = tensor
+    expected: dict[str, tuple[int, ...]] = {}
+    optional = set()
+    for entry in table.entries:
+        shape = entry.stored_shape(wanted[entry.target].shape)
+        for key in entry.stored_keys():
+            expected[key] = shape
+            if entry.copy:
+                optional.add(key)
+    unfilled = set(wanted) - {entry.target for entry in table.entries}
+    if unfilled:
+        raise AssertionError(f"the checkpoint table fills no {sorted(unfilled)}")
+    missing = [key for key in expected if key not in tensors and key not in optional]
+    misshapen = [
+        f"{tensors[key].key} is {list(tensors[key].shape)}, not {list(shape)}"
+        for key, shape in expected.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
+    unknown = [tensor.key for key, tensor in tensors.items() if key not in expected and not ignored.fullmatch(key)]
+    if missing or unknown or misshapen or duplicated:
+        raise CheckpointError(directory, missing, unknown, misshapen, duplicated)
+    return tensors
+
+
+def _check_copy(entry: Entry, table: Table, tensors: Mapping[str, StoredTensor]) -> None:
+    (original,) = (e for e in table.entries if e.target == entry.target and not e.copy)
+    for key, other in zip(entry.stored_keys(), original.stored_keys(), strict=True):
+        if key in tensors and not np.array_equal(tensors[key].read(), tensors[other].read()):
+            raise UserError(
+                f"{tensors[key].file}: {tensors[key].key} differs from {tensors[other].key}, but config.json ties them"
+            )
+
+
+def save_checkpoint(
+    directory: str | Path,
+    config: Mapping[str, Any],
+    params: Mapping[str, Any],
+    dtype: Any = "float32",
+    table: Table | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write ``config.json`` and safetensors (sharded with an index when large) in the Hugging Face layout.
+
+    Args:
+        directory: made if missing; other files in it (tokenizer, processor) are left alone, old weights are replaced.
+        config: the ``config.json`` to write.
+        params: the parameter tree.
+        dtype: the stored dtype ("float32", "bfloat16", "float16").
+        table: the model's table; by default that of ``config``'s family.
+        max_shard_bytes: a file grows no larger, unless one tensor is.
+    """
+    from safetensors.numpy import save_file
+
+    if table is None:
+        from sav_jax.models.registry import architecture
+
+        table = architecture(config).table
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    shards = _assign_shards(table, flat, np.dtype(dtype).itemsize, max_shard_bytes)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        # One shard in memory at a time; written beside and renamed, so that a killed save leaves no half file under a
+        # weight file's name.
+        partial = directory / f"{name}.partial"
+        tensors = {key: _stored(entry, flat[entry.target], layer, dtype) for key, entry, layer in shard}
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(directory / name)
+    for old in {*directory.glob("model*.safetensors"), directory / INDEX_FILE} - {directory / name for name in names}:
+        old.unlink(missing_ok=True)
+    if len(shards) > 1:
+        total = sum(math.prod(value.shape) for value in flat.values()) * np.dtype(dtype).itemsize
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key, _, _ in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def _assign_shards(
+    table: Table, flat: Mapping[str, Any], itemsize: int, max_shard_bytes: int
+) -> list[list[tuple[str, Entry, int]]]:
+    """Which (key, entry, layer) goes into which file."""
+    shards: list[list[tuple[str, Entry, int]]] = [[]]
+    size = 0
+    for entry in table.entries:
+        if entry.copy:
+            continue
+        nbytes = math.prod(entry.stored_shape(flat[entry.target].shape)) * itemsize
+        for layer, key in enumerate(entry.stored_keys()):
+            if size + nbytes > max_shard_bytes and shards[-1]:
+                shards.append([])
+                size = 0
+            shards[-1].append((key, entry, layer))
+            size += nbytes
+    return shards
+
+
+def _stored(entry: Entry, param: Any, layer: int, dtype: Any) -> np.ndarray:
+    value = np.asarray(param if entry.layers is None else param[layer])
+    return np.ascontiguousarray(entry.to_stored(value)).astype(dtype)
+
+
+def _rearranged_shape(pattern: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of ``rearrange(x, pattern, **sizes)`` for an ``x`` of ``shape``, without the array."""
+    return rearrange(np.broadcast_to(np.int8(0), shape), pattern, **sizes).shape

@@ -1,0 +1,65 @@
+"""Attention back ends against each other and against PyTorch."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from sav_jax.models.attention import BACKENDS, QUERY_BLOCK, attention
+
+
+def arrays(length: int, heads: int, kv_heads: int, batch: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (heads, kv_heads, kv_heads)
+    q, k, v = (jax.random.normal(key, (batch, length, n, 8)) for key, n in zip(keys, shapes, strict=True))
+    return q, k, v
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
+def test_equals_pytorch(backend: str, causal: bool, heads: tuple[int, int]) -> None:
+    q, k, v = arrays(19, *heads)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.tensor(np.asarray(x)).transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=True
+    ).transpose(1, 2)
+    ours = attention(q, k, v, causal=causal, backend=backend)
+    # averages of values below 5: a few times 5 * 2^-24
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("length", [QUERY_BLOCK - 1, QUERY_BLOCK, 2 * QUERY_BLOCK + 37])
+def test_blocks_change_nothing(length: int) -> None:
+    q, k, v = arrays(length, 6, 2)
+    lengths = jnp.array([length, length // 2])
+    whole = attention(q, k, v, causal=True, lengths=lengths, backend="xla")
+    blocked = attention(q, k, v, causal=True, lengths=lengths, backend="blocked")
+    np.testing.assert_allclose(blocked, whole, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_is_never_seen(backend: str, causal: bool) -> None:
+    """Whatever stands in the padding, even NaN-like extremes, real queries give the same bits."""
+    q, k, v = arrays(12, 4, 2)
+    lengths = jnp.array([12, 7])
+    plain = attention(q, k, v, causal=causal, lengths=lengths, backend=backend)
+    dirty = [x.at[1, 7:].set(1e30) for x in (q, k, v)]
+    ours = attention(*dirty, causal=causal, lengths=lengths, backend=backend)
+    np.testing.assert_array_equal(ours[1, :7], plain[1, :7])
+    assert bool(jnp.isfinite(plain).all())
+
+
+def test_later_tokens_are_never_seen() -> None:
+    q, k, v = arrays(12, 4, 2)
+    plain = attention(q, k, v, causal=True)
+    changed = attention(q, k.at[:, 8:].add(3.0), v.at[:, 8:].add(3.0), causal=True)
+    np.testing.assert_array_equal(changed[:, :8], plain[:, :8])
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(KeyError):
+        attention(*arrays(4, 2, 2), causal=True, backend="quantum")

@@ -1,0 +1,346 @@
+"""Checkpoints: strict in, exact out, every problem in one error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from checkpoints import Reference
+from safetensors.numpy import load_file, save_file
+
+import sav_jax
+from sav_jax.models.registry import architecture, read_config
+from sav_jax.models.weights import CheckpointError, read_headers, save_checkpoint
+
+
+@pytest.fixture
+def copy(reference: Reference, tmp_path: Path) -> Path:
+    """A checkpoint of the test's own to spoil."""
+    return Path(shutil.copytree(reference.directory, tmp_path / "model"))
+
+
+def edit(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_same_params(ours: sav_jax.LMM, theirs: sav_jax.LMM) -> None:
+    assert jax.tree.structure(ours.params) == jax.tree.structure(theirs.params)
+    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000], ids=["one file", "sharded"])
+def test_round_trip_is_exact(
+    make_reference: Callable[..., Reference], tmp_path: Path, tie: bool, max_shard_bytes: int
+) -> None:
+    reference = make_reference(tie=tie)
+    lmm = sav_jax.load(reference.directory)
+    shutil.copytree(reference.directory, tmp_path / "saved", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_checkpoint(tmp_path / "saved", lmm.hf_config, lmm.params, max_shard_bytes=max_shard_bytes)
+    files = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors*"))
+    assert (files == ["model.safetensors"]) == (max_shard_bytes == 10**9), files
+    assert_same_params(sav_jax.load(tmp_path / "saved"), lmm)
+    stored = {tensor.key: np.asarray(tensor.read()) for tensor in read_headers(tmp_path / "saved")}
+    theirs = {old_names(tensor.key): np.asarray(tensor.read()) for tensor in read_headers(reference.directory)}
+    assert stored.keys() == theirs.keys()
+    for key, value in theirs.items():
+        np.testing.assert_array_equal(stored[key], value)
+
+
+def test_transformers_reads_what_we_write(reference: Reference, lmm: sav_jax.LMM, tmp_path: Path) -> None:
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    save_checkpoint(tmp_path, lmm.hf_config, lmm.params, max_shard_bytes=20_000)
+    model, info = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    ours, theirs = model.state_dict(), reference.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_round_trip(reference: Reference, copy: Path, dtype: str) -> None:
+    """Stored in 16 bits, loaded in 16 bits: exact. Loaded as float32: the rounded values."""
+    rounded = sav_jax.load(reference.directory, dtype=dtype)
+    save_checkpoint(copy, rounded.hf_config, rounded.params, dtype=dtype)
+    assert {str(tensor.dtype) for tensor in read_headers(copy)} == {dtype}
+    assert_same_params(sav_jax.load(copy, dtype=dtype), rounded)
+    wide = sav_jax.load(copy)
+    for a, b in zip(jax.tree.leaves(wide.params), jax.tree.leaves(rounded.params), strict=True):
+        np.testing.assert_array_equal(a, np.asarray(b, np.float32))
+
+
+def new_names(key: str) -> str:
+    """What transformers calls the same weights in memory since version 4.52."""
+    if key.startswith("language_model.lm_head"):
+        return key.removeprefix("language_model.")
+    if key.startswith("language_model.model."):
+        return "model.language_model." + key.removeprefix("language_model.model.")
+    return "model." + key.replace("vision_tower.vision_model.", "vision_tower.")
+
+
+def old_names(key: str) -> str:
+    """As the hub's llava-hf files have them."""
+    return key if "vision_tower.vision_model." in key else key.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+@pytest.mark.parametrize("rename", [new_names, old_names])
+def test_older_and_newer_key_names(lmm: sav_jax.LMM, copy: Path, rename: Callable[[str], str]) -> None:
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        renamed = {rename(key): value for key, value in tensors.items()}
+        assert renamed.keys() != tensors.keys() or rename is old_names
+        tensors.clear()
+        tensors.update(renamed)
+
+    edit(copy, change)
+    assert_same_params(sav_jax.load(copy), lmm)
+
+
+def test_in_memory_names_of_the_reference(reference: Reference, lmm: sav_jax.LMM, copy: Path) -> None:
+    state = {key: value.numpy() for key, value in reference.model.state_dict().items()}
+    save_file(state, copy / "model.safetensors")
+    assert_same_params(sav_jax.load(copy), lmm)
+
+
+def test_every_problem_in_one_error(copy: Path) -> None:
+    layers = "language_model.model.layers"
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        del tensors[f"{layers}.1.mlp.up_proj.weight"]
+        del tensors["image_newline"]
+        tensors["language_model.model.layers.0.self_attn.q_norm.weight"] = np.zeros(4, np.float32)
+        tensors["surprise"] = np.zeros(1, np.float32)
+        tensors[f"{layers}.2.self_attn.k_proj.weight"] = np.zeros((7, 40), np.float32)
+        tensors["model.language_model.norm.weight"] = tensors["language_model.model.norm.weight"].copy()
+
+    edit(copy, change)
+    with pytest.raises(CheckpointError) as caught:
+        sav_jax.load(copy)
+    error = caught.value
+    assert set(error.missing) == {f"{layers}.1.mlp.up_proj.weight", "image_newline"}
+    assert set(error.unknown) == {"language_model.model.layers.0.self_attn.q_norm.weight", "surprise"}
+    assert error.misshapen == [f"{layers}.2.self_attn.k_proj.weight is [7, 40], not [8, 40]"]
+    assert len(error.duplicated) == 1
+    assert "norm.weight" in error.duplicated[0]
+    text = str(error)
+    assert "\n" not in text
+    assert str(copy) in text
+    for key in [*error.missing, *error.unknown, *error.misshapen, *error.duplicated]:
+        assert key in text
+
+
+def test_stored_copy_of_tied_embeddings_must_be_equal(make_reference: Callable[..., Reference], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(make_reference(tie=True).directory, tmp_path / "model"))
+    lmm = sav_jax.load(directory)
+    head = "language_model.lm_head.weight"
+    edit(directory, lambda t: t.update({head: t["language_model.model.embed_tokens.weight"].copy()}))
+    assert_same_params(sav_jax.load(directory), lmm)
+    edit(directory, lambda t: t.update({head: t[head] + 1}))
+    with pytest.raises(sav_jax.UserError, match="ties them"):
+        sav_jax.load(directory)
+
+
+def spoil_truncate(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_header(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json at all!")
+
+
+def spoil_stub(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"\x10\0")
+
+
+def spoil_no_weights(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+
+
+def spoil_pickle_only(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def spoil_missing_shard(directory: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def spoil_integer_weights(directory: Path) -> None:
+    edit(directory, lambda tensors: tensors.update(image_newline=np.zeros(40, np.int8)))
+
+
+def spoil_no_config(directory: Path) -> None:
+    (directory / "config.json").unlink()
+
+
+def spoil_config_json(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+def spoil_model_type(directory: Path) -> None:
+    change_config(directory, model_type="llama")
+
+
+def spoil_aspect(directory: Path) -> None:
+    change_config(directory, vision_aspect_ratio="square")
+
+
+def spoil_rope(directory: Path) -> None:
+    config = read_config(directory)
+    config["text_config"]["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def spoil_window(directory: Path) -> None:
+    config = read_config(directory)
+    config["text_config"] |= {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+        "layer_types": None,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def spoil_tokenizer(directory: Path) -> None:
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+
+
+def spoil_image_processor(directory: Path) -> None:
+    (directory / "preprocessor_config.json").unlink()
+
+
+def spoil_chat_template(directory: Path) -> None:
+    (directory / "chat_template.jinja").unlink()
+
+
+def change_config(directory: Path, **fields: Any) -> None:
+    (directory / "config.json").write_text(json.dumps(read_config(directory) | fields))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_truncate, "model.safetensors: truncated"),
+        (spoil_header, "model.safetensors: not a safetensors file"),
+        (spoil_stub, "model.safetensors: truncated"),
+        (spoil_no_weights, "no *.safetensors file"),
+        (spoil_pickle_only, "never pickled"),
+        (spoil_missing_shard, "model-00001-of-00002.safetensors: missing"),
+        (spoil_integer_weights, "image_newline is stored as I8"),
+        (spoil_no_config, "no config.json"),
+        (spoil_config_json, "config.json: unreadable"),
+        (spoil_model_type, "model_type 'llama' is not known (known: llava_onevision)"),
+        (spoil_aspect, "vision_aspect_ratio 'square'"),
+        (spoil_rope, "rope_type 'linear'"),
+        (spoil_window, "sliding-window"),
+        (spoil_tokenizer, "cannot load its tokenizer"),
+        (spoil_image_processor, "cannot load its image processor"),
+        (spoil_chat_template, "no chat template"),
+    ],
+)
+def test_damaged_checkpoints_get_one_clear_line(copy: Path, spoil: Callable[[Path], None], message: str) -> None:
+    spoil(copy)
+    with pytest.raises(sav_jax.UserError) as caught:
+        sav_jax.load(copy)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no/such/model", "./nowhere", "nobody/nothing", "tinny"])
+def test_no_such_model(name: str) -> None:
+    with pytest.raises(sav_jax.UserError, match="no such model"):
+        sav_jax.load(name)
+
+
+@pytest.mark.parametrize("options", [{"num_layers": 0}, {"num_layers": 5}, {"dtype": "int8"}, {"dtype": "float17"}])
+def test_bad_options(reference: Reference, options: dict[str, Any]) -> None:
+    with pytest.raises(sav_jax.UserError):
+        sav_jax.load(reference.directory, **options)
+
+
+def test_fingerprint_knows_weights_from_weights(reference: Reference, copy: Path) -> None:
+    original = sav_jax.load(reference.directory).fingerprint
+    assert sav_jax.load(copy, num_layers=2).fingerprint == original, "depth changes no feature"
+    edit(copy, lambda tensors: tensors["image_newline"].__setitem__(3, 9.0))
+    assert sav_jax.load(copy).fingerprint != original
+
+
+def test_sizes_of_the_real_checkpoints() -> None:
+    """The hub's 0.5B and 7B configs (they leave most fields to defaults): parameters counted without making any."""
+    pinpoints = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
+    vision = {
+        "hidden_size": 1152,
+        "image_size": 384,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 26,
+        "patch_size": 14,
+        "vision_use_head": False,
+    }
+    half = {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "max_window_layers": 24,
+        "model_type": "qwen2",
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 152000,
+    }
+    seven = {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_window_layers": 28,
+        "model_type": "qwen2",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "vocab_size": 152000,
+    }
+    from sav_jax.lmm import _init
+
+    counts = {}
+    for name, text in (("0.5B", half), ("7B", seven)):
+        config = {
+            "model_type": "llava_onevision",
+            "image_grid_pinpoints": pinpoints,
+            "image_token_index": 151646,
+            "vision_config": vision,
+            "text_config": text,
+        }
+        module = architecture(config).module
+        shapes = jax.eval_shape(lambda module=module: _init(module, jax.random.key(0)))
+        counts[name] = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    # Counted from the layer sizes by hand: tower 26 x 15.2 M, projector, and Qwen2-0.5B (tied) / Qwen2-7B (untied).
+    tower = 26 * (4 * (1152**2 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152)
+    tower += 588 * 1152 + 1152 + 27 * 27 * 1152 + 2 * 1152
+
+    def decoder(d: int, f: int, layers: int, kv: int, heads: int) -> int:
+        attention = d * (d + 2 * kv * d // heads) + d + 2 * kv * d // heads + d * d
+        return layers * (attention + 3 * d * f + 2 * d) + d + 152000 * d
+
+    def projector(d: int) -> int:
+        return 1152 * d + d + d * d + d + d  # and the newline vector
+
+    assert counts["0.5B"] == tower + projector(896) + decoder(896, 4864, 24, 2, 14)
+    assert counts["7B"] == tower + projector(3584) + decoder(3584, 18944, 28, 4, 28) + 152000 * 3584
+    assert 0.85e9 < counts["0.5B"] < 0.95e9
+    assert 7.9e9 < counts["7B"] < 8.1e9
