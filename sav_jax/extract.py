@@ -1,0 +1,248 @@
+"""Examples -> arrays: head outputs, next-token logits and option scores, in batches of static shapes.
+
+Axes: E examples, L decoder layers, N heads, H head width, V vocabulary, C options.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from tqdm import tqdm
+
+from sav_jax.batching import BatchPlan, assemble, plan_batches
+from sav_jax.errors import UserError
+from sav_jax.examples import Example
+from sav_jax.headstore import HeadStore
+from sav_jax.lmm import LMM
+from sav_jax.models.batch import Batch
+from sav_jax.models.processor import Prompt
+from sav_jax.sharding import data_size, put_batch
+
+_FEATURE_VERSION = "heads 1"
+"""Part of every cache key; raised when the meaning or the numbers of the features change."""
+
+
+def extract_heads(
+    lmm: LMM,
+    examples: Sequence[Example],
+    batch_size: int = 8,
+    cache: HeadStore | str | Path | None = None,
+    progress: bool = True,
+) -> np.ndarray:
+    """What every attention head puts out at the last prompt token, before the output projection (SAVs, arXiv
+    2412.00142, section 3).
+
+    Equal prompts (text and images) are run once. With a cache, finished examples are read from it and new ones are
+    stored batch by batch: a killed run resumes, repeats at most the batches under way, and ends with the same bytes.
+
+    Args:
+        lmm: the frozen model.
+        examples: E examples; labels are not used.
+        batch_size: prompts per forward pass.
+        cache: a :class:`HeadStore` or the path of one (local folder or ``gs://``).
+        progress: show a bar with examples/s and ETA on stderr.
+
+    Returns:
+        float32 ``[E, L, N, H]``.
+
+    Raises:
+        UserError: an image cannot be read, or features are not finite; names the row.
+    """
+    prompts = plan_prompts(lmm, examples)
+    keys = [_content_key(lmm, prompt, example) for prompt, example in zip(prompts, examples, strict=True)]
+    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    rows = sorted(first.values())
+    store = HeadStore.open(cache) if isinstance(cache, (str, Path)) else cache
+    absent = set(range(len(rows))) if store is None else set(store.missing([keys[row] for row in rows]))
+    # Batches are planned over all examples and run whole when any of theirs is missing: a resumed run computes each of
+    # them in the same company as the first one did, and so to the same bits.
+    plans = plan_batches([prompts[row] for row in rows], batch_size, data_size(lmm.mesh))
+    plans = [plan for plan in plans if absent.intersection(plan.rows)]
+    heads = np.zeros((len(rows), *lmm.heads_shape), np.float32)
+    step = _heads_step(lmm.module, lmm.architecture.heads_path)
+    unique = [examples[row] for row in rows]
+    for plan, values in _run(lmm, step, plans, [prompts[row] for row in rows], unique, None, progress, "heads"):
+        _check_finite(values, [unique[i] for i in plan.rows])
+        new = [i for i, row in enumerate(plan.rows) if row in absent]
+        index = [plan.rows[i] for i in new]
+        heads[index] = values[new]
+        if store is not None:
+            store.write([keys[rows[i]] for i in index], values[new])
+    if store is not None:
+        present = [i for i in range(len(rows)) if i not in absent]
+        if present:
+            heads[present] = store.read([keys[rows[i]] for i in present])
+    place = {keys[row]: i for i, row in enumerate(rows)}
+    return heads[[place[key] for key in keys]] if len(rows) < len(keys) else heads
+
+
+def next_token_logits(lmm: LMM, examples: Sequence[Example], batch_size: int = 8, progress: bool = True) -> np.ndarray:
+    """Logits of the token after the prompt.
+
+    Args:
+        lmm, examples, batch_size, progress: as for :func:`extract_heads`.
+
+    Returns:
+        float32 ``[E, V]``.
+    """
+    prompts = plan_prompts(lmm, examples)
+    plans = plan_batches(prompts, batch_size, data_size(lmm.mesh))
+    logits = np.zeros((len(prompts), lmm.config.text.vocab_size), np.float32)
+    for plan, values in _run(lmm, _logits_step(lmm.module), plans, prompts, examples, None, progress, "logits"):
+        logits[list(plan.rows)] = values[:, 0]
+    return logits
+
+
+def score_options(
+    lmm: LMM, examples: Sequence[Example], options: Sequence[str], batch_size: int = 8, progress: bool = True
+) -> np.ndarray:
+    """Log-likelihood of each candidate answer after each prompt: sum over its tokens of log p(token | prompt, tokens
+    before).
+
+    Options of one token each are all read from a single forward pass per example.
+
+    Args:
+        lmm, examples, batch_size, progress: as for :func:`extract_heads`.
+        options: C candidate answers, the same for every example.
+
+    Returns:
+        float32 ``[E, C]``.
+
+    Raises:
+        UserError: an option has no tokens, or two have the same.
+    """
+    tokens = [tuple(lmm.processor.encode(option)) for option in options]
+    for option, ids in zip(options, tokens, strict=True):
+        if not ids or tokens.count(ids) > 1:
+            raise UserError(f"option {option!r} {'is empty' if not ids else 'is given twice'}")
+    if all(len(ids) == 1 for ids in tokens):
+        logits = next_token_logits(lmm, examples, batch_size, progress)
+        return np.asarray(jax.nn.log_softmax(logits, axis=-1))[:, [ids[0] for ids in tokens]]
+    prompts = plan_prompts(lmm, examples)
+    pairs = [(row, column) for row in range(len(prompts)) for column in range(len(tokens))]
+    extended = [prompts[row].extended(tokens[column][:-1]) for row, column in pairs]
+    # Token i of an option is predicted at the position before it.
+    reads = [len(prompts[row].token_ids) - 1 + np.arange(len(tokens[column])) for row, column in pairs]
+    plans = plan_batches(extended, batch_size, data_size(lmm.mesh), [len(r) for r in reads])
+    scores = np.zeros((len(prompts), len(tokens)), np.float32)
+    companions = [examples[row] for row, _ in pairs]
+    step = _logits_step(lmm.module)
+    for plan, values in _run(lmm, step, plans, extended, companions, reads, progress, "options"):
+        for i, pair in enumerate(plan.rows):
+            row, column = pairs[pair]
+            log_p = values[i] - np.logaddexp.reduce(values[i], axis=-1, keepdims=True)
+            scores[row, column] = log_p[np.arange(len(tokens[column])), list(tokens[column])].sum()
+    return scores
+
+
+def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
+    """Tokens and visual plans of all examples; reads image headers, no pixels."""
+    prompts = []
+    for example in examples:
+        try:
+            prompts.append(lmm.processor.plan(example.question, example.image_sizes()))
+        except UserError as error:
+            if example.source and example.source not in str(error):
+                raise UserError(f"{example.source}: {error}") from None
+            raise
+    return prompts
+
+
+def _content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
+    """sha256 of everything the features depend on: weights and processor, depth, dtype, tokens, images."""
+    facts = [_FEATURE_VERSION, lmm.fingerprint, str(lmm.num_layers), str(lmm.dtype), *example.image_digests()]
+    digest = hashlib.sha256("\n".join(facts).encode())
+    digest.update(prompt.token_ids.tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=32)
+def _heads_step(module: nn.Module, path: tuple[str, ...]) -> Callable[[Any, Batch], jax.Array]:
+    @jax.jit
+    def step(params: Any, batch: Batch) -> jax.Array:
+        state: Any = module.apply({"params": params}, batch, mutable=["intermediates"])[1]
+        heads = functools.reduce(operator.getitem, path, state["intermediates"])
+        return rearrange(heads[:, :, 0], "l b n h -> b l n h").astype(jnp.float32)
+
+    return step
+
+
+@functools.lru_cache(maxsize=32)
+def _logits_step(module: nn.Module) -> Callable[[Any, Batch], jax.Array]:
+    @jax.jit
+    def step(params: Any, batch: Batch) -> jax.Array:
+        output: Any = module.apply({"params": params}, batch, logits="read")
+        return output.logits
+
+    return step
+
+
+def _run(
+    lmm: LMM,
+    step: Callable[[Any, Batch], jax.Array],
+    plans: Sequence[BatchPlan],
+    prompts: Sequence[Prompt],
+    examples: Sequence[Example],
+    reads: Sequence[np.ndarray] | None,
+    progress: bool,
+    what: str,
+) -> Iterator[tuple[BatchPlan, np.ndarray]]:
+    """Run ``step`` on every plan; yields each plan with its real rows of the result, in order.
+
+    Images of the next batches are decoded by a thread while the device computes, and a result is fetched only after the
+    next batch has been dispatched.
+    """
+
+    def host_batch(plan: BatchPlan) -> Batch:
+        tiles = [lmm.processor.tiles(examples[row].load_images()) for row in plan.rows]
+        return assemble(plan, prompts, tiles, None if reads is None else [reads[row] for row in plan.rows])
+
+    bar = tqdm(
+        total=sum(len(plan.rows) for plan in plans),
+        desc=what,
+        unit=" examples",
+        file=sys.stderr,
+        disable=not progress or not plans or jax.process_index() != 0,
+        mininterval=0.5,
+    )
+    pool = ThreadPoolExecutor(1)
+    try:
+        upcoming = iter(plans)
+        prepared = deque((plan, pool.submit(host_batch, plan)) for _, plan in zip(range(2), upcoming, strict=False))
+        running: deque[tuple[BatchPlan, jax.Array]] = deque()
+        while prepared or running:
+            if prepared:
+                plan, batch = prepared.popleft()
+                running.append((plan, step(lmm.params, put_batch(batch.result(), lmm.mesh))))
+                if (following := next(upcoming, None)) is not None:
+                    prepared.append((following, pool.submit(host_batch, following)))
+            if len(running) > 1 or not prepared:
+                plan, result = running.popleft()
+                yield plan, np.asarray(result)[: len(plan.rows)]
+                bar.update(len(plan.rows))
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_finite(heads: np.ndarray, examples: Sequence[Example]) -> None:
+    bad = ~np.isfinite(heads).all(-1)
+    if bad.any():
+        row, layer, head = np.argwhere(bad)[0]
+        source = examples[row].source or f"example {examples[row].id or row}"
+        raise UserError(
+            f"{source}: features are NaN or infinite from layer {layer}, head {head} on (weights or dtype overflow?)"
+        )

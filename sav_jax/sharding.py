@@ -1,0 +1,60 @@
+"""Who holds what: one table from parameter path to mesh axes, one function for batches.
+
+Mesh axes: "data" splits the batch, "model" splits heads and feed-forward width (tensor parallelism). A mesh may have
+either or both; an axis that does not divide a dimension leaves it whole, so that the same program runs on one CPU and
+on a pod.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# Parameter path (re.search) -> mesh axis of each trailing dimension; leading dimensions (stacked layers) stay whole.
+PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"(q_proj|k_proj|v_proj)/kernel$", (None, "model", None)),
+    (r"(q_proj|k_proj|v_proj)/bias$", ("model", None)),
+    (r"(o_proj|out_proj)/kernel$", ("model", None, None)),
+    (r"(gate_proj|up_proj|fc1)/kernel$", (None, "model")),
+    (r"fc1/bias$", ("model",)),
+    (r"(down_proj|fc2)/kernel$", ("model", None)),
+    (r"embed_tokens$", ("model", None)),
+    (r"lm_head/kernel$", (None, "model")),
+    (r"", ()),
+)
+
+
+def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """(parameter path, shape) -> its sharding on ``mesh``, by ``PARAMETER_RULES``."""
+
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        axes = next(axes for pattern, axes in PARAMETER_RULES if re.search(pattern, path))
+        axes = (None,) * (len(shape) - len(axes)) + axes
+        return NamedSharding(
+            mesh, PartitionSpec(*(_fits(mesh, axis, size) for axis, size in zip(axes, shape, strict=True)))
+        )
+
+    return sharding
+
+
+def _fits(mesh: Mesh, axis: str | None, size: int) -> str | None:
+    return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over "data"."""
+    return NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None))
+
+
+def data_size(mesh: Mesh | None) -> int:
+    """How many ways the batch is split; every batch size is a multiple of it."""
+    return 1 if mesh is None else mesh.shape.get("data", 1)
+
+
+def put_batch(tree: Any, mesh: Mesh | None) -> Any:
+    """Host arrays -> device, split along their leading axis."""
+    return jax.device_put(tree) if mesh is None else jax.device_put(tree, batch_sharding(mesh))
