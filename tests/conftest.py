@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could configure it (a pytest plugin?)")
@@ -21,8 +23,36 @@ os.environ.update(
     MPLBACKEND="agg",
 )
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from checkpoints import Reference
+
+    import sav_jax
 
 # The same examples on every run, and no deadline: the first example of a property pays for compiling.
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
+    """Build a tiny random Hugging Face checkpoint with options of its own."""
+    from checkpoints import build_reference
+
+    return lambda **options: build_reference(tmp_path_factory.mktemp("checkpoint"), **options)
+
+
+@pytest.fixture(scope="session")
+def reference(make_reference: Callable[..., Reference]) -> Reference:
+    """The checkpoint most tests share."""
+    return make_reference()
+
+
+@pytest.fixture(scope="session")
+def lmm(reference: Reference) -> sav_jax.LMM:
+    """The same checkpoint, loaded by this library in float32."""
+    import sav_jax
+
+    return sav_jax.load(reference.directory)
