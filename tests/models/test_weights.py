@@ -33,7 +33,8 @@ def edit(directory: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> Non
 
 
 def assert_same_params(ours: sav_jax.LMM, theirs: sav_jax.LMM) -> None:
-    assert jax.tree.structure(ours.params) == jax.tree.structure(theirs.params)
+    a: Any = jax.tree.structure(ours.params)
+    assert a == jax.tree.structure(theirs.params)
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -1,0 +1,94 @@
+"""Writing results so that whoever is interrupted leaves either the whole file or none."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from sav_jax.errors import UserError
+
+
+def check_output_folder(path: str | os.PathLike[str]) -> Path:
+    """Refuse, before any work is done, a folder that cannot be written later.
+
+    Raises:
+      UserError: if the path is a file, or lies below a file or in a folder without write permission.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; the output is a folder")
+    _check_writable(folder, folder)
+    return folder
+
+
+def check_output_file(path: str | os.PathLike[str]) -> Path:
+    """Refuse, before any work is done, a file that cannot be written later.
+
+    Raises:
+      UserError: if the path is a folder, or lies below a file or in a folder without write permission.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; the output is a file")
+    _check_writable(file, file.parent)
+    return file
+
+
+def _check_writable(path: Path, folder: Path) -> None:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{path}: cannot be written: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be written: no permission for {existing}")
+
+
+def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file, and the folders above it, replacing an old file in one step.
+
+    Raises:
+      UserError: if the system refuses.
+    """
+    path = Path(path)
+    with _reported(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Write the files of a folder. A new folder appears complete; in an old one the files are replaced one by one.
+
+    Raises:
+      UserError: if the system refuses.
+    """
+    path = Path(path)
+    with _reported(path):
+        if path.exists():
+            for name, content in files.items():
+                write_file(path / name, content)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary.mkdir()
+        try:
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _reported(path: Path):  # type: ignore[no-untyped-def]
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error

@@ -1,0 +1,405 @@
+"""Rows of a data file, or pictures in class folders, as :class:`Example` objects.
+
+Three layouts are read, all by :func:`read_examples`:
+
+* JSON Lines, one object per line, as the SAVs release documents its data:
+  ``{"image": path | [path, ...] | [], "question": str, "label": str, "id": str}``. Only the question must be there.
+* The same objects in one JSON list (``[{...}, {...}]``).
+* A folder with one sub-folder per class, holding pictures at any depth; the question is then given by the caller.
+
+Everything that can be checked without decoding a picture is checked while reading, so that a bad row is reported
+before any model runs. Every complaint is a :class:`~sav_jax.errors.UserError` of one line naming file, line and field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import PIL.ImageOps
+
+from sav_jax.errors import UserError
+
+IMAGE_MARK = "<image>"
+"""Written in a question, it says where one of the row's images belongs."""
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Files of a class folder with one of these endings (in any case) are its pictures; all others are ignored."""
+
+_ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 turn the picture by a quarter, so width and height change places
+# Formats whose size Pillow states as stored, before the orientation is applied.
+_TURNED_WHEN_DECODED = ("JPEG", "MPO", "PNG", "WEBP")
+# What Pillow's decoders raise on files that are damaged or not pictures at all.
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+    PIL.Image.DecompressionBombError,
+)
+# A PNG may carry its orientation after the pixels, and Pillow decodes the whole picture to find out. Without one of
+# these keywords in the file there is none.
+_PNG_EXIF_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question about some images, with the right answer where it is known.
+
+    Attributes:
+      question: the text. It may hold one ``<image>`` per image where the images belong; without them images come first.
+      images: paths or PIL images, in order; empty for a question about text alone.
+      label: the class name, or None if unknown.
+      id: the row's name in the predictions file.
+      source: where the example was read, ``file:line`` or a picture's path; only used in error messages.
+
+    Raises:
+      UserError: if the question is empty or holds marks that do not match the images.
+    """
+
+    question: str
+    images: tuple[Path | PIL.Image.Image, ...] = ()
+    label: str | None = None
+    id: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise UserError(f'{self.source or "example"}: field "question" is empty')
+        marks = self.question.count(IMAGE_MARK)
+        if marks and marks != len(self.images):
+            raise UserError(
+                f'{self.source or "example"}: field "question" holds {marks} {IMAGE_MARK} mark{"s"[: marks != 1]} '
+                f'for {len(self.images)} image{"s"[: len(self.images) != 1]} in field "image"'
+            )
+
+    def load_images(self) -> list[PIL.Image.Image]:
+        """Decode the images, upright (EXIF orientation applied) and RGB, as transformers' ``load_image`` does.
+
+        Raises:
+          UserError: if a file is missing, truncated or not a picture.
+        """
+        images = []
+        for image in self.images:
+            try:
+                if isinstance(image, Path):
+                    with PIL.Image.open(image) as opened:
+                        opened.load()  # Pillow reads lazily; a truncated file shows only here
+                        images.append(_upright(opened).convert("RGB"))
+                else:
+                    images.append(_upright(image).convert("RGB"))
+            except _DECODE_ERRORS as error:
+                raise self._unreadable(image, error) from error
+        return images
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Return (height, width) in pixels of each image that load_images would return, from its header if possible.
+
+        Raises:
+          UserError: if a file is missing or its header is not a picture's.
+        """
+        sizes = []
+        for image in self.images:
+            try:
+                if isinstance(image, Path):
+                    with PIL.Image.open(image) as opened:
+                        sizes.append(_upright_size(opened, image))
+                else:
+                    sizes.append(_upright_size(image, None))
+            except _DECODE_ERRORS as error:
+                raise self._unreadable(image, error) from error
+        return sizes
+
+    def image_digests(self) -> list[str]:
+        """Return each image's SHA-256 in hexadecimal: of the file's bytes or of a PIL image's upright RGB pixels.
+
+        Raises:
+          UserError: if a file cannot be read.
+        """
+        digests = []
+        for image in self.images:
+            try:
+                if isinstance(image, Path):
+                    with image.open("rb") as file:
+                        digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+                else:
+                    rgb = _upright(image).convert("RGB")  # what load_images gives: no palette or EXIF detail counts
+                    header = f"RGB {rgb.width}x{rgb.height}:".encode()
+                    digests.append(hashlib.sha256(header + rgb.tobytes()).hexdigest())
+            except _DECODE_ERRORS as error:
+                raise self._unreadable(image, error) from error
+        return digests
+
+    def _unreadable(self, image: Path | PIL.Image.Image, error: BaseException) -> UserError:
+        where = f"{self.source}: " if self.source and self.source != str(image) else ""
+        what = str(image) if isinstance(image, Path) else "an image in memory"
+        if isinstance(error, FileNotFoundError):
+            return UserError(f'{where}field "image": {what} does not exist')
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, PIL.UnidentifiedImageError):
+            reason = "not a picture in a format that Pillow knows"
+        return UserError(f'{where}field "image": {what} cannot be read: {_one_line(reason)}')
+
+
+def read_examples(
+    path: str | os.PathLike[str], question: str | None = None, *, require_labels: bool = False
+) -> list[Example]:
+    """Read a JSON Lines file, a JSON list or a folder of class folders.
+
+    Relative image paths are relative to the file that names them. Rows come in file order; a folder's in the sorted
+    order of class names and of paths within a class. Hidden files are ignored.
+
+    Args:
+      path: the file or folder. A folder with pictures but no sub-folders is read as examples without labels.
+      question: asked of every picture of a folder, and of every row that has no question of its own.
+      require_labels: if True, a row without a label is an error.
+
+    Returns:
+      At least one example. ``id`` is the row's own ``"id"``, else its running number from 0; in a folder the picture's
+      relative path.
+
+    Raises:
+      UserError: naming file, line and field of the first problem, and how many more rows are bad.
+    """
+    root = Path(path)
+    if question is not None and not question.strip():
+        raise UserError("the question for rows without one (--question) is empty")
+    if root.is_dir():
+        return _read_folder(root, question, require_labels)
+    examples: list[Example] = []
+    problems: list[str] = []
+    number = 0
+    for number, (line, row) in enumerate(_rows(root), start=1):
+        try:
+            examples.append(_example(root, line, number - 1, row, question, require_labels))
+        except UserError as problem:
+            problems.append(str(problem))
+    if problems:
+        more = len(problems) - 1
+        raise UserError(problems[0] + (f" (and {more} more bad row{'s'[: more != 1]})" if more else ""))
+    if not number:
+        raise UserError(f"{root}: holds no rows")
+    return examples
+
+
+# Files of rows
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (1-based line, parsed value or the UserError of that line)."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file or folder") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    if text.lstrip().startswith("["):
+        yield from _json_list(path, text)
+        return
+    # Only "\n" ends a line: str.splitlines would also cut at characters that JSON strings may hold (U+2028 and others).
+    for line, content in enumerate(text.split("\n"), start=1):
+        if content.strip():
+            try:
+                yield line, json.loads(content)
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield line, UserError(f"{path}:{line}: {_json_problem(error)} (one JSON object per line is expected)")
+
+
+def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    """Decode the list's items one by one, to know the line on which each begins."""
+    decoder = json.JSONDecoder()
+    position = _skip_space(text, text.index("[") + 1)
+    line, counted = text.count("\n", 0, position) + 1, position
+    if text[position : position + 1] != "]":
+        while True:
+            try:
+                value, end = decoder.raw_decode(text, position)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{error.lineno}: {_json_problem(error)}") from None
+            except RecursionError as error:
+                raise UserError(f"{path}:{line}: {_json_problem(error)}") from None
+            yield line, value
+            position = _skip_space(text, end)
+            mark = text[position : position + 1]
+            if mark != ",":
+                break
+            position = _skip_space(text, position + 1)
+            line, counted = line + text.count("\n", counted, position), position
+        if mark != "]":
+            line += text.count("\n", counted, position)
+            raise UserError(f'{path}:{line}: malformed JSON: "," or "]" is missing after an item of the list')
+    rest = _skip_space(text, position + 1)
+    if rest != len(text):
+        line = text.count("\n", 0, rest) + 1
+        raise UserError(f"{path}:{line}: malformed JSON: something follows the end of the list")
+
+
+def _skip_space(text: str, position: int) -> int:
+    while text[position : position + 1] in (" ", "\t", "\r", "\n"):
+        position += 1
+    return position
+
+
+def _json_problem(error: json.JSONDecodeError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "malformed JSON: nested too deeply"
+    return f"malformed JSON: {error.msg} at column {error.colno}"
+
+
+def _example(path: Path, line: int, number: int, row: Any, question: str | None, require_labels: bool) -> Example:
+    """Check one parsed row and make it an Example; raise UserError naming file, line and field."""
+    source = f"{path}:{line}"
+    if isinstance(row, UserError):
+        raise row
+    if not isinstance(row, dict):
+        raise UserError(f"{source}: a JSON object is expected, not {_kind(row)}")
+
+    def bad(field: str, problem: str) -> UserError:
+        return UserError(f'{source}: field "{field}" {problem}')
+
+    asked = row.get("question")
+    if asked is None:
+        asked = question
+    if asked is None:
+        raise bad("question", "is missing (--question gives one to every row that has none)")
+    if not isinstance(asked, str):
+        raise bad("question", f"must be a string, not {_kind(asked)}")
+
+    label = row.get("label")
+    if label is None:
+        if require_labels:
+            raise bad("label", "is missing")
+    elif not isinstance(label, str):
+        raise bad("label", f"must be a string, not {_kind(label)}")
+    elif not label.strip():
+        raise bad("label", "is empty")
+
+    name = row.get("id")
+    if name is None:
+        name = str(number)
+    elif isinstance(name, bool) or not isinstance(name, str | int):
+        raise bad("id", f"must be a string or an integer, not {_kind(name)}")
+
+    if "image" not in row and "images" in row:
+        raise bad("images", 'is not known; "image" takes a path or a list of paths')
+    images = row.get("image")
+    if images is None:
+        images = []
+    paths = []
+    for item in images if isinstance(images, list) else [images]:
+        if not isinstance(item, str):
+            raise bad("image", f"must be a path or a list of paths, not {_kind(item)}")
+        if not item.strip():
+            raise bad("image", "holds an empty path")
+        if problem := _path_problem(path.parent, item):
+            raise bad("image", problem)
+        paths.append(path.parent / item)
+    return Example(question=asked, images=tuple(paths), label=label, id=str(name), source=source)
+
+
+def _path_problem(root: Path, item: str) -> str | None:
+    shown = repr(item if len(item) <= 200 else item[:200] + "...")
+    if "\0" in item or "://" in item or item.startswith("data:"):
+        return f"must be the path of a local file, not {shown}"
+    try:
+        if (root / item).is_file():
+            return None
+        exists = (root / item).exists()
+    except OSError:  # a name too long for the file system: pixels in base64, perhaps
+        exists = False
+    return f"names {shown}, which {'is not a file' if exists else 'does not exist'} (looked for from {root})"
+
+
+def _kind(value: Any) -> str:
+    """Name a JSON value's type in JSON's words."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names[type(value)]
+
+
+# Folders
+
+
+def _read_folder(root: Path, question: str | None, require_labels: bool) -> list[Example]:
+    if question is None:
+        raise UserError(f"{root}: is a folder of pictures; --question must say what to ask about each of them")
+    try:
+        entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{root}: cannot be read: {error.strerror}") from None
+    classes = [entry for entry in entries if entry.is_dir()]
+    loose = [entry for entry in entries if _is_picture(entry)]
+    if classes and loose:
+        raise UserError(f"{root}: holds pictures ({loose[0].name}, ...) beside class folders ({classes[0].name}, ...)")
+    if not classes and not loose:
+        raise UserError(f"{root}: holds neither class folders nor pictures ({', '.join(IMAGE_SUFFIXES)})")
+    if not classes and require_labels:
+        raise UserError(
+            f"{root}: holds no class folders; one sub-folder per class is expected, its name being the label"
+        )
+    examples = [_picture(root, image, question, None) for image in loose]
+    for folder in classes:
+        pictures = _pictures(folder)
+        if not pictures:
+            raise UserError(f"{folder}: class folder without pictures ({', '.join(IMAGE_SUFFIXES)})")
+        examples += [_picture(root, image, question, folder.name) for image in pictures]
+    return examples
+
+
+def _picture(root: Path, image: Path, question: str, label: str | None) -> Example:
+    return Example(question, (image,), label, id=image.relative_to(root).as_posix(), source=str(image))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(path for path in found if _is_picture(path))
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+
+
+# Pictures
+
+
+def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    return PIL.ImageOps.exif_transpose(image)
+
+
+def _upright_size(image: PIL.Image.Image, path: Path | None) -> tuple[int, int]:
+    if image.format == "PNG" and path is not None:
+        content = path.read_bytes()
+        oriented = any(keyword in content for keyword in _PNG_EXIF_KEYWORDS)
+    else:
+        oriented = True
+    if not (oriented and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)):
+        return image.height, image.width
+    if image.format in _TURNED_WHEN_DECODED:
+        return image.width, image.height
+    image.load()  # Pillow's TIFF reader, for one, turns the size when it opens the file, the pixels when it loads them
+    image = _upright(image)
+    return image.height, image.width
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
