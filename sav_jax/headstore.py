@@ -1,0 +1,372 @@
+"""Head vectors on disk: a content-keyed cache (`HeadStore`) and the array that ``sav-jax extract`` writes.
+
+Both go through TensorStore, so a path is a local folder or ``gs://bucket/folder`` and many hosts may write at once.
+
+Axes: N examples, L layers, H heads, D head width. Everything is float32, little-endian.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sav_jax._files import check_output_folder
+from sav_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorstore as ts
+
+# A stored value: magic, layout version, the three axes L, H, D, a CRC-32 of key, axes and payload; then the payload.
+_HEADER = struct.Struct("<4sIIIII")
+_MAGIC = b"SAVH"
+_VERSION = 1
+_DTYPE = np.dtype("<f4")
+
+_HEAD_ARRAY = {"format": "sav_jax head array", "version": 1}
+
+_READS_IN_FLIGHT = 256
+_CHUNK_BYTES = 16 * 2**20
+
+
+def default_cache_dir() -> str:
+    """Where features are cached unless told otherwise.
+
+    Returns:
+      ``$SAV_JAX_CACHE`` (may be a ``gs://`` path), else ``$XDG_CACHE_HOME/sav_jax``, else ``~/.cache/sav_jax``.
+    """
+    if chosen := os.environ.get("SAV_JAX_CACHE"):
+        return chosen
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path in the variable is invalid and is to be ignored.
+    return str(Path(base if os.path.isabs(base) else Path.home() / ".cache") / "sav_jax")
+
+
+@dataclass(frozen=True)
+class HeadStore:
+    """A content-keyed cache of the head vectors of single examples.
+
+    One object per example, written whole or not at all: whatever kills a writer, every key that is present has its
+    complete value, and a second run computes only the rest. An existing key is never overwritten, so when hosts race
+    for one, the first value stays and every reader sees that one. Keys name content (a hash of model, prompt and
+    images); nothing expires.
+
+    A value whose checksum does not match (a failing disk, a file edited by hand) is an error of `read`, which names the
+    file to delete; it is not quietly computed again.
+    """
+
+    path: str
+    _store: ts.KvStore
+
+    @classmethod
+    def open(cls, path: str | Path) -> HeadStore:
+        """Open the store at ``path``, creating the folder if there is none.
+
+        Args:
+          path: a local folder or ``gs://bucket/folder``.
+
+        Raises:
+          UserError: ``path`` cannot be used: a file, not permitted, or an unknown kind of URL.
+        """
+        _make_folder(path)
+        return cls(str(path), _open_kvstore(path))
+
+    def missing(self, keys: Sequence[str]) -> list[int]:
+        """Indices into ``keys`` of those that are not stored, in order.
+
+        One listing of the store, whatever the number of keys. Values are not looked into.
+        """
+        import tensorstore as ts
+
+        if not keys:
+            return []
+        names = [_object_name(key) for key in keys]
+        span = ts.KvStore.KeyRange(inclusive_min=min(names), exclusive_max=max(names) + "\0")
+        with _storage_errors(self.path):
+            stored = {name.decode() for name in self._store.list(span).result()}
+        return [index for index, name in enumerate(names) if name not in stored]
+
+    def write(self, keys: Sequence[str], heads: np.ndarray) -> None:
+        """Store one value per key, in parallel; return once all are durable.
+
+        A key that is already stored keeps its value.
+
+        Args:
+          keys: n keys (hexadecimal digests).
+          heads: float32 [n, L, H, D].
+
+        Raises:
+          ValueError: ``heads`` is not float32 [n, L, H, D], or a key is not a plain name.
+          UserError: the storage refuses (disk full, no permission).
+        """
+        heads = np.asarray(heads)
+        if heads.ndim != 4 or len(heads) != len(keys) or heads.dtype != np.float32:
+            raise ValueError(f"expected float32 heads of shape [{len(keys)}, L, H, D], got {heads.dtype} {heads.shape}")
+        if not keys:
+            return
+        objects = {_object_name(key): _encode(key, value) for key, value in zip(keys, heads, strict=True)}
+        with _storage_errors(self.path):
+            # The generation of an object that does not exist: writing on condition of it creates and never replaces.
+            absent = self._store.read("absent").result().stamp.generation
+            for write in [self._store.write(name, data, if_equal=absent) for name, data in objects.items()]:
+                write.result()
+
+    def read(self, keys: Sequence[str]) -> np.ndarray:
+        """Read the values of ``keys``.
+
+        Args:
+          keys: at least one key.
+
+        Returns:
+          float32 [n, L, H, D], in the order of ``keys``.
+
+        Raises:
+          ValueError: no keys were given: the shape of nothing is unknown.
+          UserError: a key is missing, its value is damaged, or the values differ in shape.
+        """
+        if not keys:
+            raise ValueError("expected at least one key")
+        heads: np.ndarray | None = None
+        for index, (key, data) in enumerate(self._read_ahead(keys)):
+            if data is None:
+                raise UserError(f"{self.path}: no features stored for {key}")
+            value = _decode(key, data)
+            if value is None:
+                raise UserError(f"{self._locate(key)}: damaged (wrong length or checksum); delete it and run again")
+            if heads is None:
+                heads = np.empty((len(keys), *value.shape), np.float32)
+            if value.shape != heads.shape[1:]:
+                shapes = f"{list(value.shape)}, but those of {keys[0]} have {list(heads.shape[1:])}"
+                raise UserError(f"{self._locate(key)}: features of shape {shapes}")
+            heads[index] = value
+        assert heads is not None
+        return heads
+
+    def _read_ahead(self, keys: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
+        """Yield (key, stored bytes or None) in order, with a bounded number of reads under way."""
+        for start in range(0, len(keys), _READS_IN_FLIGHT):
+            window = keys[start : start + _READS_IN_FLIGHT]
+            names = [_object_name(key) for key in window]
+            with _storage_errors(self.path):
+                results = [read.result() for read in [self._store.read(name) for name in names]]
+            for key, result in zip(window, results, strict=True):
+                yield key, result.value if result.state == "value" else None
+
+    def _locate(self, key: str) -> str:
+        return f"{self.path.rstrip('/')}/{_object_name(key)}"
+
+
+def write_head_array(
+    path: str | Path, heads: np.ndarray, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any] | None = None
+) -> None:
+    """Write the head vectors of a data set as one Zarr v3 array, which any Zarr reader opens.
+
+    ``path/heads`` is the array, ``path/rows.jsonl`` says what each of its examples is, and ``path/meta.json`` makes it
+    valid. A local ``path`` appears only when it is complete: it is made beside itself and renamed, in place of an
+    earlier head array if there is one. In a bucket, ``meta.json`` is written last. The same input gives the same bytes.
+
+    Args:
+      path: a local folder or ``gs://bucket/folder``.
+      heads: float32 [N, L, H, D].
+      rows: N mappings, such as ``{"id", "label", "key"}``.
+      meta: further entries for ``meta.json``, such as the model's name.
+
+    Raises:
+      ValueError: ``heads`` is not float32 [N, L, H, D].
+      UserError: ``path`` holds something else, or cannot be written.
+    """
+    heads = np.asarray(heads)
+    if heads.ndim != 4 or len(heads) != len(rows) or heads.dtype != np.float32:
+        raise ValueError(f"expected float32 heads of shape [{len(rows)}, L, H, D], got {heads.dtype} {heads.shape}")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    facts = json.dumps({**(meta or {}), **_HEAD_ARRAY, "shape": heads.shape}, ensure_ascii=False, indent=2) + "\n"
+    if _is_url(path):
+        _write_parts(path, heads, lines, facts)
+        return
+
+    check_head_array_path(path)
+    target = Path(path).expanduser().absolute()
+    _make_folder(target.parent)
+    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        _write_parts(staging, heads, lines, facts)
+        with _storage_errors(path):
+            if target.exists():
+                # A folder cannot be renamed onto a full one, so the earlier one steps aside.
+                earlier = target.rename(staging.with_suffix(".old"))
+                staging.rename(target)
+                shutil.rmtree(earlier)
+            else:
+                staging.rename(target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_head_array_path(path: str | Path) -> None:
+    """Refuse, before any features are computed, a ``path`` that `write_head_array` would refuse.
+
+    Raises:
+      UserError: ``path`` holds something other than a head array, or cannot be written.
+    """
+    if _kvstore_spec(path)["driver"] != "file":
+        return
+    target = Path(path).expanduser()
+    if target.exists() and not _is_replaceable(target):
+        raise UserError(f"{path}: exists and is not a head array; choose another folder")
+    check_output_folder(target)
+
+
+def read_head_array(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]:
+    """Read what `write_head_array` wrote.
+
+    Returns:
+      heads float32 [N, L, H, D], its N rows, and the contents of ``meta.json``.
+
+    Raises:
+      UserError: ``path`` is not a complete head array, or a part of it is missing or damaged.
+    """
+    import tensorstore as ts
+
+    if not _is_url(path) and not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder")
+    store = _open_kvstore(path)
+    with _storage_errors(path):
+        meta_read, rows_read = (store.read(name) for name in ("meta.json", "rows.jsonl"))
+        meta_bytes, rows_bytes = meta_read.result().value, rows_read.result().value
+    try:
+        meta = json.loads(meta_bytes)
+        rows = [json.loads(line) for line in rows_bytes.splitlines()]
+        whole = _is_head_array(meta) and meta["shape"][0] == len(rows)
+    except (ValueError, LookupError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path}: not a complete head array (as `sav-jax extract` writes)")
+    # By default a chunk that is not there would read as zeros.
+    spec = {"driver": "zarr3", "kvstore": _kvstore_spec(path, "heads/"), "fill_missing_data_reads": False}
+    with _storage_errors(path):
+        return ts.open(spec, open=True, read=True).result().read().result(), rows, meta
+
+
+def _write_parts(path: str | Path, heads: np.ndarray, rows: str, meta: str) -> None:
+    """Write the three parts of a head array, what makes it valid last."""
+    import tensorstore as ts
+
+    bytes_per_example = max(1, heads[:1].nbytes)
+    chunk = (max(1, _CHUNK_BYTES // bytes_per_example), *heads.shape[1:])
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _kvstore_spec(path, "heads/"),
+        "metadata": {
+            "shape": heads.shape,
+            "data_type": "float32",
+            "dimension_names": ["example", "layer", "head", "width"],
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        },
+        # By default a chunk of zeros would not be written, and could not be told from one that was lost.
+        "store_data_equal_to_fill_value": True,
+    }
+    store = _open_kvstore(path)
+    with _storage_errors(path):
+        store.write("meta.json", None).result()
+        ts.open(spec, create=True, delete_existing=True).result().write(heads).result()
+        store.write("rows.jsonl", rows).result()
+        store.write("meta.json", meta).result()
+
+
+def _is_head_array(meta: Any) -> bool:
+    return isinstance(meta, dict) and {**meta, **_HEAD_ARRAY} == meta
+
+
+def _is_replaceable(target: Path) -> bool:
+    """Whether nothing but an earlier head array would be lost: ``target`` is one, or an empty folder."""
+    try:
+        return not any(target.iterdir()) or _is_head_array(json.loads((target / "meta.json").read_bytes()))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_url(path: str | Path) -> bool:
+    # pathlib folds the slashes of Path("gs://bucket"); whoever passes one means the same.
+    return re.match(r"[a-z0-9]+:/", str(path)) is not None
+
+
+def _kvstore_spec(path: str | Path, folder: str = "") -> dict[str, Any]:
+    """TensorStore's description of ``path/folder``: a local folder (made absolute) or a Google Cloud Storage prefix."""
+    if not _is_url(path):
+        return {"driver": "file", "path": f"{Path(path).expanduser().absolute()}/{folder}"}
+    match = re.fullmatch(r"gs://?([^/]+)(?:/(.*))?", str(path))
+    if match is None:
+        raise UserError(f"{path}: not a path that features can be stored at; use a local folder or gs://bucket/folder")
+    prefix = (match[2] or "").strip("/")
+    return {"driver": "gcs", "bucket": match[1], "path": f"{prefix}/{folder}" if prefix else folder}
+
+
+def _open_kvstore(path: str | Path) -> ts.KvStore:
+    import tensorstore as ts
+
+    spec = _kvstore_spec(path)
+    with _storage_errors(path):
+        return ts.KvStore.open(spec).result()
+
+
+def _make_folder(path: str | Path) -> None:
+    """Make a local folder, or say at once, not after an hour of computing, why nothing can be written there."""
+    if _is_url(path):
+        return
+    folder = check_output_folder(Path(path).expanduser())
+    with _storage_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: str | Path) -> Iterator[None]:
+    """What TensorStore or the file system refuses is the user's to mend: one line naming the path."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError) as error:
+        # TensorStore appends its own spec and source locations in brackets.
+        reason = re.sub(r" \[(os_error_code|tensorstore_spec|source locations)=.*", "", str(error), flags=re.DOTALL)
+        raise UserError(f"{path}: {' '.join(reason.split())}") from error
+
+
+def _object_name(key: str) -> str:
+    """Where a key is stored: spread over 256 folders, since some file systems are slow with many files in one."""
+    if not re.fullmatch(r"[0-9a-f]{8,}", key):
+        raise ValueError(f"expected a key of at least 8 hexadecimal digits, got {key!r}")
+    return f"{key[:2]}/{key}"
+
+
+def _checksum(key: str, axes: Sequence[int], payload: bytes) -> int:
+    # The key is included, so that a value that ends up under another's name is noticed too.
+    return zlib.crc32(payload, zlib.crc32(f"{key} {tuple(axes)}".encode()))
+
+
+def _encode(key: str, value: np.ndarray) -> bytes:
+    """One example's heads [L, H, D] as bytes; the same key and value always give the same ones."""
+    payload = value.astype(_DTYPE).tobytes()
+    return _HEADER.pack(_MAGIC, _VERSION, *value.shape, _checksum(key, value.shape, payload)) + payload
+
+
+def _decode(key: str, data: bytes) -> np.ndarray | None:
+    """The heads [L, H, D] of `_encode`, or None if ``data`` is not exactly what was written for ``key``."""
+    if len(data) < _HEADER.size:
+        return None
+    magic, version, *axes, checksum = _HEADER.unpack_from(data)
+    payload = data[_HEADER.size :]
+    expected = (_MAGIC, _VERSION, _DTYPE.itemsize * math.prod(axes), _checksum(key, axes, payload))
+    if (magic, version, len(payload), checksum) != expected:
+        return None
+    return np.frombuffer(payload, _DTYPE).reshape(axes)
