@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything a change must pass: ruff, mypy, pytest. Sets itself up on first use; arguments go to pytest:
+#
+#   bash scripts/test.sh                        # all of it
+#   bash scripts/test.sh tests/test_house.py    # the linters and one file of tests
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+setup test
+cd "$root"
+
+# The suite uses neither an accelerator nor a hub.
+export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+
+"$venv_python" -m ruff check .
+"$venv_python" -m ruff format --check .
+"$venv_python" -m mypy
+exec "$venv_python" -m pytest "$@"
