@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sav_jax.errors import UserError
@@ -87,7 +87,7 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
 
 
 @contextlib.contextmanager
-def _reported(path: Path):  # type: ignore[no-untyped-def]
+def _reported(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -362,8 +362,8 @@ def _class_names(labels: Sequence[str], class_names: Sequence[str] | None) -> tu
     for index, label in enumerate(labels):
         if not isinstance(label, str):
             raise UserError(f"label of example {index} is {label!r}; a string is expected")
-        used.add(label)
-    names = tuple(sorted(used)) if class_names is None else tuple(class_names)
+        used.add(str(label))  # NumPy's strings become Python's
+    names = tuple(sorted(used)) if class_names is None else tuple(str(name) for name in class_names)
     if len(set(names)) != len(names):
         raise UserError("class_names holds a name twice")
     if unknown := sorted(used.difference(names)):

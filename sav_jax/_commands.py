@@ -1,0 +1,240 @@
+"""What the commands of ``sav-jax`` do; imported once the options are known to be good, as it loads JAX."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sav_jax import cli
+from sav_jax._files import check_output_file, check_output_folder, write_file
+from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
+from sav_jax.errors import UserError
+from sav_jax.examples import Example, read_examples
+from sav_jax.extract import extract_heads
+from sav_jax.headstore import default_cache_dir, write_head_array
+from sav_jax.lmm import LMM, load
+
+T = TypeVar("T")
+
+
+def run(options: cli.Fit | cli.Predict | cli.Extract | cli.Eval) -> None:
+    """Run a command.
+
+    Raises:
+      UserError: for bad input; no output is then left behind.
+    """
+    if isinstance(options, cli.Fit):
+        _fit(options)
+    elif isinstance(options, cli.Predict):
+        _predict(options)
+    elif isinstance(options, cli.Extract):
+        _extract(options)
+    else:
+        _eval(options)
+
+
+def _fit(options: cli.Fit) -> None:
+    check_output_folder(options.output)
+    examples = read_examples(options.train, options.question, require_labels=True)
+    labels = [str(example.label) for example in examples]
+    if len(set(labels)) < 2:
+        raise UserError(
+            f"{options.train}: a classifier needs examples of at least two classes; every label is {labels[0]!r}"
+        )
+    if options.shots_per_class is not None:
+        chosen = choose_shots(labels, options.shots_per_class, options.seed)
+        examples, labels = [examples[i] for i in chosen], [labels[i] for i in chosen]
+    lmm = _load(options.model, options.running.dtype)
+    _check_heads(lmm, options.num_heads, options.max_layer)
+    heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
+    classifier = SparseAttentionVectors.fit(
+        heads,
+        labels,
+        options.num_heads,
+        leave_one_out=options.leave_one_out,
+        vote=options.vote,
+        shots_per_class=options.shots_per_class,
+        max_layer=options.max_layer,
+        seed=options.seed,
+        metadata={"model": _model_facts(lmm), "question": options.question or _common_question(examples)},
+    )
+    classifier.save(options.output)
+    print(_summary(classifier, options.output))
+
+
+def _predict(options: cli.Predict) -> None:
+    if options.output != "-":
+        check_output_file(options.output)
+    classifier = load_classifier(options.classifier)
+    made_with = classifier.metadata.get("model")
+    if not isinstance(made_with, dict) or not {"name", "fingerprint", "dtype"} <= made_with.keys():
+        raise UserError(f"{options.classifier}: does not say which model it was made with; it was not written by 'fit'")
+    examples = read_examples(options.data, options.question or classifier.metadata.get("question"))
+    wanted = f"{options.classifier} was made with {made_with['name']} (fingerprint {made_with['fingerprint'][:12]})"
+    name, dtype = options.model or made_with["name"], options.running.dtype or made_with["dtype"]
+    try:
+        lmm = _load(name, dtype, classifier.num_layers)  # layers above the deepest selected head are not even loaded
+    except UserError as error:
+        raise UserError(f"{error}; {wanted}") from None
+    if lmm.fingerprint != made_with["fingerprint"]:
+        raise UserError(f"{wanted}, not with {lmm.name} (fingerprint {lmm.fingerprint[:12]})")
+    heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
+    predictions, votes, probabilities = classifier.classify(heads)
+
+    lines = []
+    for example, prediction, counts, row in zip(examples, predictions, votes, probabilities, strict=True):
+        line = {
+            "id": example.id,
+            "prediction": prediction,
+            "votes": dict(zip(classifier.labels, map(int, counts), strict=True)),
+            "probability": round(float(row[classifier.labels.index(prediction)]), 6),
+        }
+        lines.append(line if example.label is None else line | {"label": example.label})
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if options.output == "-":
+        sys.stdout.write(text)
+    else:
+        write_file(options.output, text.encode())
+    report = _accuracy(classifier, examples, predictions)
+    print(report, file=sys.stderr if options.output == "-" else sys.stdout)
+
+
+def _extract(options: cli.Extract) -> None:
+    if "://" not in options.output:
+        check_output_folder(options.output)
+    examples = read_examples(options.data, options.question)
+    lmm = _load(options.model, options.running.dtype, options.num_layers)
+    heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
+    rows = [{"id": example.id, "label": example.label} for example in examples]
+    write_head_array(options.output, heads, rows, {"model": _model_facts(lmm)})
+    print(f"{options.output}: heads {list(heads.shape)} float32 = [examples, layers, heads, head_dim]")
+
+
+def _eval(options: cli.Eval) -> None:
+    from sav_jax.eval.methods import METHODS, Settings
+    from sav_jax.eval.run import evaluate
+    from sav_jax.eval.tasks import TASKS, from_files
+
+    own = None
+    if options.train is not None or options.test is not None:
+        if options.train is None or options.test is None:
+            raise UserError("a task of your own needs both --train and --test")
+        own = from_files(options.train, options.test, options.question)
+    if "list" in (options.tasks, options.methods):
+        for asked, entries in ((options.tasks, TASKS), (options.methods, METHODS)):
+            if asked == "list":
+                print("\n".join(f"{name:<12} {entry.description}" for name, entry in entries.items()))
+        return
+    evaluate(
+        lambda: _load(options.model, options.running.dtype),
+        [own] if own else _choose("task", options.tasks, TASKS),
+        _choose("method", options.methods, METHODS),
+        Settings(
+            shots=options.shots,
+            num_heads=options.num_heads,
+            seed=options.seed,
+            limit=options.limit,
+            batch_size=options.running.batch_size,
+            cache=_cache(options.running),
+        ),
+        options.output_path,
+    )
+
+
+# What the commands share
+
+
+def _load(model: str, dtype: str | None, num_layers: int | None = None) -> LMM:
+    """Load a model onto all devices, batches split among them."""
+    mesh = Mesh(np.array(jax.devices()), ("data",)) if jax.device_count() > 1 else None
+    return load(model, dtype=dtype, mesh=mesh, num_layers=num_layers)
+
+
+def _choose(what: str, names: str, available: Mapping[str, T]) -> list[T]:
+    """Look up names separated by commas."""
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name not in available:
+            raise UserError(f"no {what} is called {name!r}; there are: {', '.join(available)}")
+    if not chosen:
+        raise UserError(f"no {what} is named; there are: {', '.join(available)}")
+    return [available[name] for name in dict.fromkeys(chosen)]
+
+
+def _cache(running: cli.Running) -> str | None:
+    if running.no_cache:
+        return None
+    return f"{(running.cache or default_cache_dir()).rstrip('/')}/heads"
+
+
+def _check_heads(lmm: LMM, num_heads: int, max_layer: int | None) -> None:
+    """Refuse impossible counts before any example is run."""
+    if max_layer is not None and not 1 <= max_layer <= lmm.num_layers:
+        raise UserError(f"--max-layer is {max_layer}; {lmm.name} has 1 to {lmm.num_layers} layers")
+    eligible = (max_layer or lmm.num_layers) * lmm.num_heads
+    if not 1 <= num_heads <= eligible:
+        raise UserError(f"--num-heads is {num_heads}; there are {eligible} heads to choose from")
+
+
+def _model_facts(lmm: LMM) -> dict[str, Any]:
+    return {
+        "name": lmm.name,
+        "fingerprint": lmm.fingerprint,
+        "dtype": np.dtype(lmm.dtype).name,
+        "num_layers": lmm.num_layers,
+        "num_heads": lmm.num_heads,
+        "head_dim": lmm.head_dim,
+    }
+
+
+def _common_question(examples: Sequence[Example]) -> str | None:
+    questions = {example.question for example in examples}
+    return questions.pop() if len(questions) == 1 else None
+
+
+def _summary(classifier: SparseAttentionVectors, output: Path) -> str:
+    total = sum(classifier.support)
+    classes = [f"{name} ({count})" for name, count in zip(classifier.labels, classifier.support, strict=True)]
+    best = [
+        f"  layer {layer:>2}  head {head:>2}  {classifier.scores[layer, head]:>4} of {total} right"
+        for layer, head in classifier.heads[:10]
+    ]
+    more = classifier.num_heads - len(best)
+    shown = ", ".join(classes[:20]) + (f", and {len(classes) - 20} more" if len(classes) > 20 else "")
+    return "\n".join(
+        [
+            f"{len(classes)} classes, {total} examples: {shown}",
+            f"{classifier.num_heads} heads chosen of {classifier.scores.size}, best first:",
+            *best,
+            *([f"  and {more} more"] if more else []),
+            f"queries run {classifier.num_layers} of {len(classifier.scores)} layers",
+            f"classifier written to {output}",
+        ]
+    )
+
+
+def _accuracy(classifier: SparseAttentionVectors, examples: Sequence[Example], predictions: Sequence[str]) -> str:
+    """Say how many known labels were met; one that the classifier does not know counts as missed, with a warning."""
+    known = [
+        (example, prediction)
+        for example, prediction in zip(examples, predictions, strict=True)
+        if example.label is not None
+    ]
+    if not known:
+        return f"{len(examples)} predictions; no labels to compare with"
+    strange = [example for example, _ in known if example.label not in classifier.labels]
+    if strange:
+        print(
+            f"warning: {len(strange)} rows have labels that the classifier does not know and count as wrong, "
+            f"the first being {strange[0].label!r} in {strange[0].source}",
+            file=sys.stderr,
+        )
+    right = sum(example.label == prediction for example, prediction in known)
+    return f"accuracy {right / len(known):.4f} ({right} of {len(known)} right)"

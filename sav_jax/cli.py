@@ -1,0 +1,240 @@
+"""The command line, ``sav-jax``: every command's options as a frozen dataclass. What they do is in ``_commands``.
+
+Results go to stdout or to files, progress and warnings to stderr. A :class:`~sav_jax.errors.UserError` is one line on
+stderr and exit status 2; nothing is then left half-written. Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sav_jax.errors import UserError
+
+
+def _optional(metavar: str, default: str) -> Any:
+    """An option that may be left out: what its value looks like, and what happens without it."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+@dataclass(frozen=True)
+class Running:
+    """How the model is run."""
+
+    batch_size: int = 8
+    """Examples per forward pass. Lower it if memory runs out."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, _optional("{float32,bfloat16,float16}", "as described")
+    ] = None
+    """Number format of the model. Unless given, float32 on a CPU and bfloat16 on TPU and GPU; 'predict' takes the
+    classifier's. Statistics are float32 in any case."""
+
+    cache: Annotated[str | None, _optional("DIR", "$SAV_JAX_CACHE or ~/.cache/sav_jax")] = None
+    """Folder (or gs:// path) in which head vectors are kept: no example is run twice, and a killed run resumes."""
+
+    no_cache: bool = False
+    """Keep no head vectors."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    model: str
+    """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+
+    train: Path
+    """Labelled examples: JSON Lines with rows {"image": path or list of paths, "question": text, "label": text}, a JSON
+    list of such rows, or a folder with one sub-folder of pictures per class. About 20 examples per class are enough."""
+
+    output: Path
+    """Folder for the classifier: classifier.json, which can be read, and classifier.safetensors."""
+
+    question: Annotated[str | None, _optional("TEXT", "none")] = None
+    """What to ask about each picture of a folder, and about rows without a question. Stored with the classifier."""
+
+    num_heads: int = 20
+    """How many attention heads vote: the paper uses 20."""
+
+    leave_one_out: bool = False
+    """Rank heads by how well they classify each example without its own help. The paper's ranking lets an example be
+    part of its own class centroid, which favours heads that merely tell examples apart."""
+
+    vote: Literal["majority", "confidence"] = "majority"
+    """'majority': one vote per head. 'confidence': each head spreads its vote over the classes by similarity."""
+
+    shots_per_class: Annotated[int | None, _optional("N", "all")] = None
+    """Use only so many examples of each class, drawn by --seed."""
+
+    max_layer: Annotated[int | None, _optional("LAYERS", "all")] = None
+    """Choose heads only among the first so many layers: predictions then run no deeper, and faster."""
+
+    seed: int = 0
+    """Of the draw for --shots-per-class."""
+
+    running: Running = Running()
+
+
+@dataclass(frozen=True)
+class Predict:
+    classifier: Path
+    """Folder written by 'sav-jax fit'."""
+
+    data: Path
+    """What to classify: rows or a folder as for 'fit'; labels may be left out."""
+
+    output: str
+    """JSON Lines file for the predictions, '-' for stdout. One row per input row, in order: id, prediction, votes
+    (heads for each label), probability (of the prediction), and label where it is known."""
+
+    model: Annotated[str | None, _optional("MODEL", "by the name that 'fit' was given")] = None
+    """The model that the classifier was made with; another one is refused."""
+
+    question: Annotated[str | None, _optional("TEXT", "the one stored with the classifier")] = None
+    """What to ask about each picture of a folder, and about rows without a question."""
+
+    running: Running = Running()
+
+
+@dataclass(frozen=True)
+class Extract:
+    model: str
+    """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+
+    data: Path
+    """Examples: rows or a folder as for 'fit'; labels may be left out."""
+
+    output: str
+    """Folder (or gs:// path) for the array: 'heads' (Zarr v3, float32 [examples, layers, heads, head_dim]),
+    'rows.jsonl' (id and label of each example) and 'meta.json'."""
+
+    question: Annotated[str | None, _optional("TEXT", "none")] = None
+    """What to ask about each picture of a folder, and about rows without a question."""
+
+    num_layers: Annotated[int | None, _optional("LAYERS", "all")] = None
+    """Run only the first so many layers of the model."""
+
+    running: Running = Running()
+
+
+@dataclass(frozen=True)
+class Eval:
+    model: str = "tiny"
+    """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+
+    tasks: str = "digits"
+    """Names separated by commas; 'list' prints them all."""
+
+    methods: str = "chance,zero-shot,pixels,sav-random,sav"
+    """Names separated by commas; 'list' prints them all."""
+
+    shots: int = 20
+    """Labelled examples per class; the others are queries."""
+
+    num_heads: int = 20
+    """How many attention heads vote in 'sav'."""
+
+    seed: int = 0
+    """Of the draw of labelled examples, of --limit, and of random weights."""
+
+    limit: Annotated[int | None, _optional("N", "all")] = None
+    """Answer only so many queries, drawn by --seed: for a quick look."""
+
+    train: Annotated[Path | None, _optional("PATH", "none")] = None
+    """A task of your own: labelled rows or a folder as for 'fit', from which --shots examples per class are drawn. It
+    is called 'files' and needs --test."""
+
+    test: Annotated[Path | None, _optional("PATH", "none")] = None
+    """The labelled queries of the task 'files'."""
+
+    question: Annotated[str | None, _optional("TEXT", "none")] = None
+    """For the task 'files': what to ask about each picture of a folder, and about rows without a question."""
+
+    output_path: Path = Path("results")
+    """Folder for results.json (in the shape of lmms-eval's), samples_TASK.jsonl and heads_TASK.png."""
+
+    running: Running = Running()
+
+
+def _command(name: str, summary: str, example: str) -> Any:
+    return tyro.conf.subcommand(name, description=f"{summary}\n\nExample: {example}")
+
+
+Command = (
+    Annotated[
+        Fit,
+        _command(
+            "fit",
+            "Make a few-shot classifier from labelled examples: choose the attention heads of a frozen model that best "
+            "tell the classes apart, and keep their class centroids.",
+            "sav-jax fit --model tiny --train train.jsonl --num-heads 20 --output clf/",
+        ),
+    ]
+    | Annotated[
+        Predict,
+        _command(
+            "predict",
+            "Classify images with a classifier made by 'fit'.",
+            "sav-jax predict --classifier clf/ --data test.jsonl --output predictions.jsonl",
+        ),
+    ]
+    | Annotated[
+        Extract,
+        _command(
+            "extract",
+            "Write the head vectors of examples as one array: what every attention head puts out at the last token of "
+            "the prompt, before the output projection.",
+            "sav-jax extract --model tiny --data rows.jsonl --output heads/",
+        ),
+    ]
+    | Annotated[
+        Eval,
+        _command(
+            "eval",
+            "Compare methods on tasks, each from the same labelled examples and on the same queries.",
+            "sav-jax eval --model tiny --tasks digits --methods zero-shot,sav --shots 20 --output-path results/",
+        ),
+    ]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+      argv: its words after ``sav-jax``; by default those of this process.
+
+    Returns:
+      The exit status: 0; 2 for bad input or bad options; 130 if interrupted.
+    """
+    try:
+        options: Any = tyro.cli(
+            Command,
+            args=argv,
+            prog="sav-jax",
+            description="Few-shot classifiers from the attention heads of frozen multimodal models.",
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        )
+        if options.running.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, not {options.running.batch_size}")
+        from sav_jax import _commands
+
+        _commands.run(options)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # tyro's, after --help or bad options
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
