@@ -1,15 +1,17 @@
 """Prompts -> batches of static shapes.
 
-Prompts are grouped by bucket (token length, tiles, taps), each group is cut into batches, and short last batches are
-padded with copies of their first row. The number of compiled programs is bounded by the number of buckets, not by the
-data. The grouping depends only on the prompts and their order, so a resumed run makes the same batches and therefore
-the same bytes.
+Prompts are grouped by bucket (token length, rows of pixels, taps) and each group is cut into batches. The last batch of
+a group, if short, takes in prompts of smaller buckets, so that a few examples of many sizes do not compile many
+programs; what is still empty repeats its first prompt. The number of compiled programs is bounded by the number of
+buckets, not by the data. The grouping depends only on the prompts and their order, so a resumed run makes the same
+batches and therefore the same bytes.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,12 +21,16 @@ from sav_jax.models.processor import Prompt
 
 @dataclass(frozen=True)
 class Bucket:
-    """Static shape of a batch: T tokens, P tiles, S taps, R positions read."""
+    """Static shape of a batch: T tokens, P rows of pixels, S taps."""
 
     tokens: int
-    tiles: int
+    rows: int
     taps: int
-    reads: int = 1
+
+    def takes_in(self, other: Bucket) -> bool:
+        """Whether a prompt of ``other`` may run in this shape: it fits, at no more than twice its own work."""
+        fits = other.tokens <= self.tokens and other.rows <= self.rows and other.taps <= self.taps
+        return fits and self.tokens <= 2 * other.tokens and self.rows <= 2 * other.rows
 
 
 @dataclass(frozen=True)
@@ -44,45 +50,49 @@ def round_tokens(length: int) -> int:
     return -(-length // step) * step
 
 
-def round_tiles(tiles: int) -> int:
-    """Every count up to 10 (anyres_max_9 with its base view), then multiples of 4."""
-    return tiles if tiles <= 10 else -(-tiles // 4) * 4
+def round_rows(rows: int) -> int:
+    """Rows of pixels: every count up to 10 (anyres_max_9 with its base view), multiples of 4 up to 40 (tiles), and at
+    most an eighth of padding beyond (patches).
+    """
+    if rows <= 10:
+        return rows
+    step = 4 if rows <= 40 else 2 ** max(2, rows.bit_length() - 4)
+    return -(-rows // step) * step
 
 
-def plan_batches(
-    prompts: Sequence[Prompt], batch_size: int, multiple: int = 1, reads: Sequence[int] | None = None
-) -> list[BatchPlan]:
+def plan_batches(prompts: Sequence[Prompt], batch_size: int, multiple: int = 1) -> list[BatchPlan]:
     """Group prompts into batches.
 
     Args:
         prompts: in any order.
         batch_size: rows of a full batch; rounded up to ``multiple``.
         multiple: every batch size is a multiple of it (the data axis of the mesh).
-        reads: positions read per prompt; one each if not given.
 
     Returns:
         Batches, longest bucket first, so that running out of memory happens at once and not at the end.
     """
-    groups: dict[Bucket, list[int]] = {}
+    groups: dict[Bucket, deque[int]] = {}
     for row, prompt in enumerate(prompts):
         bucket = Bucket(
             round_tokens(len(prompt.token_ids)),
-            round_tiles(prompt.num_tiles),
+            round_rows(prompt.num_rows),
             prompt.visual_index.shape[1],
-            1 if reads is None else reads[row],
         )
-        groups.setdefault(bucket, []).append(row)
+        groups.setdefault(bucket, deque()).append(row)
     full = -(-batch_size // multiple) * multiple
     plans = []
-    for bucket in sorted(groups, key=lambda b: (-b.tokens, -b.tiles, -b.taps, -b.reads)):
-        rows = groups[bucket]
-        for start in range(0, len(rows), full):
-            chunk = tuple(rows[start : start + full])
-            plans.append(BatchPlan(bucket, chunk, min(full, _next_size(len(chunk), multiple))))
+    order = sorted(groups, key=lambda b: (-b.tokens, -b.rows, -b.taps))
+    for i, bucket in enumerate(order):
+        while groups[bucket]:
+            chunk: list[int] = []
+            for source in (bucket, *(other for other in order[i + 1 :] if bucket.takes_in(other))):
+                while groups[source] and len(chunk) < full:
+                    chunk.append(groups[source].popleft())
+            plans.append(BatchPlan(bucket, tuple(chunk), min(full, next_size(len(chunk), multiple))))
     return plans
 
 
-def _next_size(rows: int, multiple: int) -> int:
+def next_size(rows: int, multiple: int) -> int:
     """The smallest multiple * 2^k >= rows: a lone long prompt does not pay for a full batch, and sizes stay few."""
     size = multiple
     while size < rows:
@@ -91,32 +101,51 @@ def _next_size(rows: int, multiple: int) -> int:
 
 
 def assemble(
-    plan: BatchPlan, prompts: Sequence[Prompt], tiles: Sequence[np.ndarray], reads: Sequence[np.ndarray] | None = None
+    plan: BatchPlan,
+    prompts: Sequence[Prompt],
+    pixels: Sequence[np.ndarray],
 ) -> Batch:
-    """Stack the prompts of a plan into a padded :class:`Batch` of host arrays.
+    """Stack the prompts of a plan into a padded :class:`Batch` of host arrays that reads each prompt's last token.
 
     Args:
         plan: the batch.
         prompts: all prompts ``plan.rows`` index.
-        tiles: pixels of the plan's prompts, in the plan's order, each ``[P_i, height, width, 3]``.
-        reads: positions read of the plan's prompts, each ``[R]``; by default the last token.
+        pixels: pixels of the plan's prompts, in the plan's order, each ``[P_i, ...]``.
     """
     b = plan.bucket
-    token_ids = np.zeros((plan.size, b.tokens), np.int32)
-    lengths = np.ones(plan.size, np.int32)
-    read_positions = np.zeros((plan.size, b.reads), np.int32)
-    index = np.full((plan.size, b.tokens, b.taps), -1, np.int32)
-    weight = np.zeros((plan.size, b.tokens, b.taps), np.float32)
-    pixels = np.zeros((plan.size, b.tiles, *tiles[0].shape[1:]), np.float32)
-    for i in range(plan.size):
-        source = i if i < len(plan.rows) else 0
-        prompt = prompts[plan.rows[source]]
-        length = len(prompt.token_ids)
-        token_ids[i, :length] = prompt.token_ids
-        lengths[i] = length
-        read_positions[i] = length - 1 if reads is None else reads[source]
-        index[i, :length], weight[i, :length] = prompt.visual_index, prompt.visual_weight
-        pixels[i, : prompt.num_tiles] = tiles[source]
-    if b.tiles == 0:
-        return Batch(token_ids, lengths, read_positions)
-    return Batch(token_ids, lengths, read_positions, pixels, index, weight)
+    members = [prompts[row] for row in plan.rows]
+    # Padding rows repeat the first prompt: real arithmetic on real values, thrown away.
+    order = [*range(len(members)), *[0] * (plan.size - len(members))]
+
+    def stack(values: Sequence[np.ndarray], size: int, fill: int = 0) -> np.ndarray:
+        out = np.full((plan.size, size, *values[0].shape[1:]), fill, values[0].dtype)
+        for i, source in enumerate(order):
+            out[i, : len(values[source])] = values[source]
+        return out
+
+    lengths = [len(prompt.token_ids) for prompt in members]
+    text = Batch(
+        token_ids=stack([prompt.token_ids for prompt in members], b.tokens),
+        lengths=np.array([lengths[i] for i in order], np.int32),
+        read_positions=np.array([[lengths[i] - 1] for i in order], np.int32),
+        positions=None
+        if members[0].positions is None
+        else stack([prompt.positions for prompt in members if prompt.positions is not None], b.tokens),
+    )
+    if b.rows == 0:
+        return text
+    names = next(prompt.vision for prompt in members if prompt.num_rows)
+    empty = {name: value[:0] for name, value in names.items()}
+    return replace(
+        text,
+        pixels=stack(pixels, b.rows),
+        vision={name: stack([{**empty, **prompt.vision}[name] for prompt in members], b.rows) for name in names}
+        or None,
+        visual_index=stack([_widened(prompt.visual_index, b.taps) for prompt in members], b.tokens, fill=-1),
+        visual_weight=stack([_widened(prompt.visual_weight, b.taps) for prompt in members], b.tokens),
+    )
+
+
+def _widened(taps: np.ndarray, count: int) -> np.ndarray:
+    """``[T, S]`` -> ``[T, count]``: further taps point at row 0 with weight 0."""
+    return np.pad(taps, ((0, 0), (0, count - taps.shape[1])))

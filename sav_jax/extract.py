@@ -1,6 +1,6 @@
-"""Examples -> arrays: head outputs, next-token logits and option scores, in batches of static shapes.
+"""Examples -> arrays: head outputs and next-token logits, in batches of static shapes.
 
-Axes: E examples, L decoder layers, N heads, H head width, V vocabulary, C options.
+Axes: E examples, L decoder layers, N heads, H head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import linen as nn
 from tqdm import tqdm
 
 from sav_jax.batching import BatchPlan, assemble, plan_batches
@@ -28,6 +27,7 @@ from sav_jax.examples import Example
 from sav_jax.headstore import HeadStore
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Batch
+from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
 from sav_jax.sharding import data_size, put_batch
 
@@ -74,7 +74,9 @@ def extract_heads(
     heads = np.zeros((len(rows), *lmm.heads_shape), np.float32)
     step = _heads_step(lmm.module, lmm.architecture.heads_path)
     unique = [examples[row] for row in rows]
-    for plan, values in _run(lmm, step, plans, [prompts[row] for row in rows], unique, None, progress, "heads"):
+    for plan, values in run_batches(
+        lmm, step, plans, [prompts[row] for row in rows], unique, progress=progress, what="heads"
+    ):
         _check_finite(values, [unique[i] for i in plan.rows])
         new = [i for i, row in enumerate(plan.rows) if row in absent]
         index = [plan.rows[i] for i in new]
@@ -101,51 +103,11 @@ def next_token_logits(lmm: LMM, examples: Sequence[Example], batch_size: int = 8
     prompts = plan_prompts(lmm, examples)
     plans = plan_batches(prompts, batch_size, data_size(lmm.mesh))
     logits = np.zeros((len(prompts), lmm.config.text.vocab_size), np.float32)
-    for plan, values in _run(lmm, _logits_step(lmm.module), plans, prompts, examples, None, progress, "logits"):
+    for plan, values in run_batches(
+        lmm, _logits_step(lmm.module), plans, prompts, examples, progress=progress, what="logits"
+    ):
         logits[list(plan.rows)] = values[:, 0]
     return logits
-
-
-def score_options(
-    lmm: LMM, examples: Sequence[Example], options: Sequence[str], batch_size: int = 8, progress: bool = True
-) -> np.ndarray:
-    """Log-likelihood of each candidate answer after each prompt: sum over its tokens of log p(token | prompt, tokens
-    before).
-
-    Options of one token each are all read from a single forward pass per example.
-
-    Args:
-        lmm, examples, batch_size, progress: as for :func:`extract_heads`.
-        options: C candidate answers, the same for every example.
-
-    Returns:
-        float32 ``[E, C]``.
-
-    Raises:
-        UserError: an option has no tokens, or two have the same.
-    """
-    tokens = [tuple(lmm.processor.encode(option)) for option in options]
-    for option, ids in zip(options, tokens, strict=True):
-        if not ids or tokens.count(ids) > 1:
-            raise UserError(f"option {option!r} {'is empty' if not ids else 'is given twice'}")
-    if all(len(ids) == 1 for ids in tokens):
-        logits = next_token_logits(lmm, examples, batch_size, progress)
-        return np.asarray(jax.nn.log_softmax(logits, axis=-1))[:, [ids[0] for ids in tokens]]
-    prompts = plan_prompts(lmm, examples)
-    pairs = [(row, column) for row in range(len(prompts)) for column in range(len(tokens))]
-    extended = [prompts[row].extended(tokens[column][:-1]) for row, column in pairs]
-    # Token i of an option is predicted at the position before it.
-    reads = [len(prompts[row].token_ids) - 1 + np.arange(len(tokens[column])) for row, column in pairs]
-    plans = plan_batches(extended, batch_size, data_size(lmm.mesh), [len(r) for r in reads])
-    scores = np.zeros((len(prompts), len(tokens)), np.float32)
-    companions = [examples[row] for row, _ in pairs]
-    step = _logits_step(lmm.module)
-    for plan, values in _run(lmm, step, plans, extended, companions, reads, progress, "options"):
-        for i, pair in enumerate(plan.rows):
-            row, column = pairs[pair]
-            log_p = values[i] - np.logaddexp.reduce(values[i], axis=-1, keepdims=True)
-            scores[row, column] = log_p[np.arange(len(tokens[column])), list(tokens[column])].sum()
-    return scores
 
 
 def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
@@ -153,7 +115,13 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
     prompts = []
     for example in examples:
         try:
-            prompts.append(lmm.processor.plan(example.question, example.image_sizes()))
+            prompt = lmm.processor.plan(example.question, example.image_sizes())
+            if lmm.max_tokens is not None and len(prompt.token_ids) > lmm.max_tokens:
+                raise UserError(
+                    f"{example.source or f'example {example.id}'}: the prompt has {len(prompt.token_ids)} tokens, "
+                    f"{lmm.name} reads at most {lmm.max_tokens}"
+                )
+            prompts.append(prompt)
         except UserError as error:
             if example.source and example.source not in str(error):
                 raise UserError(f"{example.source}: {error}") from None
@@ -170,7 +138,7 @@ def _content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _heads_step(module: nn.Module, path: tuple[str, ...]) -> Callable[[Any, Batch], jax.Array]:
+def _heads_step(module: MultimodalModel, path: tuple[str, ...]) -> Callable[[Any, Batch], jax.Array]:
     @jax.jit
     def step(params: Any, batch: Batch) -> jax.Array:
         state: Any = module.apply({"params": params}, batch, mutable=["intermediates"])[1]
@@ -181,7 +149,7 @@ def _heads_step(module: nn.Module, path: tuple[str, ...]) -> Callable[[Any, Batc
 
 
 @functools.lru_cache(maxsize=32)
-def _logits_step(module: nn.Module) -> Callable[[Any, Batch], jax.Array]:
+def _logits_step(module: MultimodalModel) -> Callable[[Any, Batch], jax.Array]:
     @jax.jit
     def step(params: Any, batch: Batch) -> jax.Array:
         output: Any = module.apply({"params": params}, batch, logits="read")
@@ -190,25 +158,29 @@ def _logits_step(module: nn.Module) -> Callable[[Any, Batch], jax.Array]:
     return step
 
 
-def _run(
+def run_batches(
     lmm: LMM,
-    step: Callable[[Any, Batch], jax.Array],
+    step: Callable[..., Any],
     plans: Sequence[BatchPlan],
     prompts: Sequence[Prompt],
     examples: Sequence[Example],
-    reads: Sequence[np.ndarray] | None,
+    *,
     progress: bool,
     what: str,
-) -> Iterator[tuple[BatchPlan, np.ndarray]]:
-    """Run ``step`` on every plan; yields each plan with its real rows of the result, in order.
+    further: Callable[[BatchPlan], tuple[Any, ...]] = lambda _: (),
+) -> Iterator[tuple[BatchPlan, Any]]:
+    """Run ``step(params, batch, *further(plan))`` on every plan.
 
-    Images of the next batches are decoded by a thread while the device computes, and a result is fetched only after the
-    next batch has been dispatched.
+    Images of the next batches are decoded by a thread while the device computes, and a result is fetched only after
+    the next batch has been dispatched.
+
+    Yields:
+        Each plan, in order, with the step's result for its real rows: arrays of the same structure, on the host.
     """
 
     def host_batch(plan: BatchPlan) -> Batch:
-        tiles = [lmm.processor.tiles(examples[row].load_images()) for row in plan.rows]
-        return assemble(plan, prompts, tiles, None if reads is None else [reads[row] for row in plan.rows])
+        pixels = [lmm.processor.pixels(examples[row].load_images()) for row in plan.rows]
+        return assemble(plan, prompts, pixels)
 
     bar = tqdm(
         total=sum(len(plan.rows) for plan in plans),
@@ -222,17 +194,18 @@ def _run(
     try:
         upcoming = iter(plans)
         prepared = deque((plan, pool.submit(host_batch, plan)) for _, plan in zip(range(2), upcoming, strict=False))
-        running: deque[tuple[BatchPlan, jax.Array]] = deque()
+        running: deque[tuple[BatchPlan, Any]] = deque()
         while prepared or running:
             if prepared:
                 plan, batch = prepared.popleft()
-                running.append((plan, step(lmm.params, put_batch(batch.result(), lmm.mesh))))
+                running.append((plan, step(lmm.params, put_batch(batch.result(), lmm.mesh), *further(plan))))
                 if (following := next(upcoming, None)) is not None:
                     prepared.append((following, pool.submit(host_batch, following)))
             if len(running) > 1 or not prepared:
                 plan, result = running.popleft()
-                yield plan, np.asarray(result)[: len(plan.rows)]
-                bar.update(len(plan.rows))
+                rows = len(plan.rows)
+                yield plan, jax.tree.map(lambda x, rows=rows: np.asarray(x)[:rows], result)
+                bar.update(rows)
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)

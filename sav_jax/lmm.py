@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from sav_jax.errors import UserError
 from sav_jax.models.batch import Batch
-from sav_jax.models.processor import LlavaOnevisionProcessor, load_processor
+from sav_jax.models.multimodal import MultimodalModel
+from sav_jax.models.processor import Processor, load_processor
 from sav_jax.models.registry import Architecture, architecture, read_config
 from sav_jax.models.weights import load_params, read_headers, weight_files
 from sav_jax.sharding import parameter_sharding
@@ -23,6 +24,20 @@ from sav_jax.sharding import parameter_sharding
 BUNDLED = {"tiny": Path(__file__).parent / "models" / "tiny"}
 """Checkpoints that come with the package, by name."""
 
+_SETTINGS_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "qwen.tiktoken",
+)
+_IDLE_SETTINGS = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
 _WHOLE_FILE_BYTES = 64 << 20
 _SAMPLE_BYTES = 1 << 12
 
@@ -40,19 +55,23 @@ class LMM:
         dtype: of parameters and activations.
         mesh: the devices it lives on; None means one device.
         hf_config: its raw ``config.json``.
+        stop_token_ids: tokens that end an answer.
+        max_tokens: longest prompt its positions were made for; None if it does not say.
     """
 
     name: str
     architecture: Architecture
     params: Mapping[str, Any]
-    processor: LlavaOnevisionProcessor
+    processor: Processor
     fingerprint: str
     dtype: Any
     mesh: jax.sharding.Mesh | None
     hf_config: Mapping[str, Any]
+    stop_token_ids: tuple[int, ...]
+    max_tokens: int | None = None
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> MultimodalModel:
         return self.architecture.module
 
     @property
@@ -83,7 +102,7 @@ class LMM:
         Args:
             seed: of the random weights.
         """
-        init = jax.jit(lambda key: jax.tree.map(lambda p: p.astype(self.dtype), _init(self.module, key)))
+        init = jax.jit(lambda key: jax.tree.map(lambda p: p.astype(self.dtype), _init(self.architecture, key)))
         return dataclasses.replace(
             self,
             name=f"{self.name} (random weights, seed {seed})",
@@ -113,35 +132,51 @@ def load(
     Raises:
         UserError: no such model, a damaged file, or weights that do not fit the config; names the file.
     """
-    directory = _find(path)
+    directory = find_model(path)
     raw = read_config(directory)
-    arch = architecture(raw, num_layers)
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    dtype = _floating(dtype)
-    abstract = jax.eval_shape(lambda: _init(arch.module, jax.random.key(0)))
+    try:
+        arch = architecture(raw, num_layers)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    dtype = floating_dtype(dtype)
+    abstract = jax.eval_shape(lambda: _init(arch, jax.random.key(0)))
     sharding = None if mesh is None else parameter_sharding(mesh)
     params = load_params(directory, arch.table, abstract, dtype, sharding)
     processor = load_processor(directory, raw)
-    fingerprint = hashlib.sha256(f"{_weights_digest(directory)} {processor.digest}".encode()).hexdigest()
-    return LMM(str(path), arch, params, processor, fingerprint, dtype, mesh, raw)
+    fingerprint = hashlib.sha256(f"{weights_digest(directory)} {_settings_digest(directory, raw)}".encode()).hexdigest()
+    stops = _stop_token_ids(directory, raw, processor)
+    sizes = raw | (raw.get("text_config") or {})
+    longest = sizes.get("max_position_embeddings")
+    return LMM(str(path), arch, params, processor, fingerprint, dtype, mesh, raw, stops, longest)
 
 
-def _init(module: nn.Module, key: jax.Array) -> Any:
+def _init(arch: Architecture, key: jax.Array) -> Any:
     """Fresh parameters; the dummy prompt is as small as the code allows and decides nothing."""
-    size = module.config.vision.image_size
     batch = Batch(
         token_ids=jnp.zeros((1, 1), jnp.int32),
         lengths=jnp.ones((1,), jnp.int32),
         read_positions=jnp.zeros((1, 1), jnp.int32),
-        tiles=jnp.zeros((1, 1, size, size, 3), jnp.float32),
+        **arch.module.dummy_vision(),
         visual_index=jnp.zeros((1, 1, 1), jnp.int32),
         visual_weight=jnp.zeros((1, 1, 1), jnp.float32),
     )
-    return module.init(key, batch)["params"]
+    return arch.module.init(key, batch)["params"]
 
 
-def _find(path: str | Path) -> Path:
+def _stop_token_ids(directory: Path, config: Mapping[str, Any], processor: Processor) -> tuple[int, ...]:
+    """From generation_config.json, config.json or the tokenizer, the first that says; and what the family knows."""
+    file = directory / "generation_config.json"
+    try:
+        generation = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: unreadable ({error})") from None
+    places = (generation, config, config.get("text_config") or {}, {"eos_token_id": processor.tokenizer.eos_token_id})
+    found: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
+    stops = tuple(found) if isinstance(found, list) else (int(found),)
+    return stops + tuple(token for token in processor.stop_tokens if token not in stops)
+
+
+def find_model(path: str | Path) -> Path:
     """The directory of a bundled model, a path, or a hub id."""
     if str(path) in BUNDLED and not Path(path).is_dir():
         return BUNDLED[str(path)]
@@ -157,7 +192,7 @@ def _find(path: str | Path) -> Path:
 
     try:
         # Weights only as safetensors; no code files.
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
         return Path(snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:  # the hub client raises many types: offline, gated, not found
         reason = " ".join(str(error).split())[:200]
@@ -166,7 +201,14 @@ def _find(path: str | Path) -> Path:
         ) from None
 
 
-def _floating(dtype: Any) -> Any:
+def floating_dtype(dtype: Any) -> Any:
+    """``dtype``, or by default float32 on CPU and bfloat16 elsewhere.
+
+    Raises:
+        UserError: it is none to compute in.
+    """
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     try:
         resolved = jnp.dtype(dtype)
     except TypeError:
@@ -176,7 +218,28 @@ def _floating(dtype: Any) -> Any:
     return resolved
 
 
-def _weights_digest(directory: Path) -> str:
+def _settings_digest(directory: Path, config: Mapping[str, Any]) -> str:
+    """sha256 over what else decides the features: sizes, tokenizer, chat template, image processor.
+
+    Of the files, not of what a version of some library makes of them: a classifier outlives an upgrade.
+    """
+    digest = hashlib.sha256(json.dumps(_lasting(config), sort_keys=True).encode())
+    for name in _SETTINGS_FILES:
+        file = directory / name
+        digest.update(name.encode())
+        if file.exists():
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _lasting(config: Any) -> Any:
+    """``config.json`` without what changes no number."""
+    if isinstance(config, Mapping):
+        return {key: _lasting(value) for key, value in config.items() if key not in _IDLE_SETTINGS}
+    return config
+
+
+def weights_digest(directory: Path) -> str:
     """sha256 over the weights: whole files when small, else every tensor's header and a sample of its bytes (seconds,
     not minutes).
     """

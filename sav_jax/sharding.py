@@ -18,9 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(q_proj|k_proj|v_proj)/kernel$", (None, "model", None)),
     (r"(q_proj|k_proj|v_proj)/bias$", ("model", None)),
+    (r"qkv/kernel$", (None, None, "model", None)),
+    (r"qkv/bias$", (None, "model", None)),
     (r"(o_proj|out_proj)/kernel$", ("model", None, None)),
     (r"(gate_proj|up_proj|fc1)/kernel$", (None, "model")),
-    (r"fc1/bias$", ("model",)),
+    (r"(gate_proj|up_proj|fc1)/bias$", ("model",)),
     (r"(down_proj|fc2)/kernel$", ("model", None)),
     (r"embed_tokens$", ("model", None)),
     (r"lm_head/kernel$", (None, "model")),

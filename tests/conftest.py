@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before tests/conftest.py could configure it (a pytest plugin?)")
@@ -38,10 +38,13 @@ settings.load_profile("suite")
 
 @pytest.fixture(scope="session")
 def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Reference]:
-    """Build a tiny random Hugging Face checkpoint with options of its own."""
-    from checkpoints import build_reference
+    """Build a tiny random checkpoint of a family (default: LLaVA-OneVision) with options of its own."""
+    from families import FAMILIES
 
-    return lambda **options: build_reference(tmp_path_factory.mktemp("checkpoint"), **options)
+    def make(family: str = "llava_onevision", **options: Any) -> Reference:
+        return FAMILIES[family](tmp_path_factory.mktemp(family), **options)
+
+    return make
 
 
 @pytest.fixture(scope="session")

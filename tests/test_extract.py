@@ -19,7 +19,7 @@ from checkpoints import Reference, picture
 
 import sav_jax
 from sav_jax import extract
-from sav_jax.batching import plan_batches, round_tiles, round_tokens
+from sav_jax.batching import plan_batches, round_rows, round_tokens
 from sav_jax.examples import Example
 from sav_jax.extract import extract_heads, plan_prompts
 
@@ -127,8 +127,8 @@ def test_buckets_are_few_and_wide_enough() -> None:
     for length in range(1, 9000):
         assert length <= round_tokens(length) <= max(32, length * 1.15 + 32)
     assert len({round_tokens(length) for length in range(1, 8193)}) < 60
-    for tiles in range(40):
-        assert tiles <= round_tiles(tiles) < tiles + 4
+    for rows in range(5000):
+        assert rows <= round_rows(rows) <= max(rows + 3, rows * 1.15)
 
 
 def test_batches_cover_every_row_once(lmm: sav_jax.LMM) -> None:
@@ -137,6 +137,18 @@ def test_batches_cover_every_row_once(lmm: sav_jax.LMM) -> None:
         plans = plan_batches(prompts, batch_size, multiple)
         assert sorted(row for plan in plans for row in plan.rows) == list(range(23))
         assert all(plan.size % multiple == 0 and len(plan.rows) <= plan.size for plan in plans)
+        for plan in plans:
+            for prompt in (prompts[row] for row in plan.rows):
+                assert len(prompt.token_ids) <= plan.bucket.tokens <= 2 * round_tokens(len(prompt.token_ids))
+                assert prompt.num_rows <= plan.bucket.rows <= 2 * round_rows(prompt.num_rows)
+
+
+def test_a_few_examples_of_many_sizes_compile_few_programs(lmm: sav_jax.LMM) -> None:
+    examples = [Example("Which?", (picture(20 + 7 * i, 90 - 5 * i, seed=i),)) for i in range(12)]
+    prompts = plan_prompts(lmm, examples)
+    sizes = {(round_tokens(len(prompt.token_ids)), prompt.num_rows) for prompt in prompts}
+    shapes = {(plan.bucket, plan.size) for plan in plan_batches(prompts, 8)}
+    assert len(shapes) <= len(sizes) / 2
 
 
 SCRIPT = """
@@ -189,3 +201,19 @@ def test_features_do_not_depend_on_the_default_device_count(lmm: sav_jax.LMM) ->
     plain = extract_heads(lmm, examples, batch_size=3, progress=False)
     sharded = extract_heads(dataclasses.replace(lmm, mesh=mesh), examples, batch_size=3, progress=False)
     np.testing.assert_allclose(sharded, plain, rtol=0, atol=1e-5)
+
+
+def test_a_prompt_longer_than_the_model_reads_names_the_row(lmm: sav_jax.LMM) -> None:
+    assert lmm.max_tokens == 4096
+    example = Example("long " * 1000, source="rows.jsonl:3")
+    with pytest.raises(sav_jax.UserError, match=r"rows\.jsonl:3: the prompt has \d+ tokens, .* reads at most 4096"):
+        extract_heads(lmm, [example], progress=False)
+
+
+def test_a_path_may_be_a_string(lmm: sav_jax.LMM, tmp_path: Path) -> None:
+    picture(30, 30).save(tmp_path / "a.png")
+    heads = [extract_heads(lmm, [Example("q", (path,))], progress=False) for path in (tmp_path / "a.png",)]
+    named: Any = str(tmp_path / "a.png")
+    np.testing.assert_array_equal(extract_heads(lmm, [Example("q", (named,))], progress=False), heads[0])
+    with pytest.raises(sav_jax.UserError, match=r"nope\.png"):
+        Example("q", (str(tmp_path / "nope.png"),)).load_images()  # type: ignore[arg-type]

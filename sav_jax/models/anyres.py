@@ -1,9 +1,9 @@
-"""Which visual token stands where: the host plan of LLaVA's "anyres" images, as integer index arrays.
+"""Which visual token stands where: the host plan of LLaVA's images, as integer index arrays.
 
-An image is cut into a base view (the whole image at tile size) and, when it is the only image of its prompt, a grid of
-tiles of its best fitting resolution; the grid's feature map is cropped to the image ("unpadding"), reduced bilinearly
-when it exceeds the token budget, and every row of it ends with a newline vector (LLaVA-OneVision, arXiv 2408.03326,
-section 3; LLaVA-NeXT before it).
+An image is shown as a base view (the whole image at tile size) and, where the family wants it ("anyres"), cut into a
+grid of tiles of its best fitting resolution; the grid's feature map is cropped to the image ("unpadding"), reduced
+bilinearly when it exceeds the token budget of a family that has one, and every row of it ends with a newline vector
+(LLaVA-NeXT; LLaVA-OneVision, arXiv 2408.03326, section 3).
 
 Sizes are (height, width) throughout.
 """
@@ -11,8 +11,8 @@ Sizes are (height, width) throughout.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -22,15 +22,21 @@ class VisualPlan:
     """The visual tokens of one image.
 
     Attributes:
-        num_tiles: tiles this image contributes.
+        num_rows: rows of pixels (tiles) this image contributes.
         index: int32 ``[V, S]`` rows of the prompt's visual table (``models/batch.py``), V visual tokens, S = 1 or 4
             taps.
         weight: float32 ``[V, S]``.
+        vision: the family's further plans of these rows, each ``[num_rows, ...]``.
+        grid: (frames, height, width) in visual tokens, in families whose rotary positions follow it.
+        frame_step: how far apart in rotary time two frames of the grid stand.
     """
 
-    num_tiles: int
+    num_rows: int
     index: np.ndarray
     weight: np.ndarray
+    vision: Mapping[str, np.ndarray] = field(default_factory=dict)
+    grid: tuple[int, int, int] | None = None
+    frame_step: float = 1.0
 
 
 def best_resolution(size: tuple[int, int], resolutions: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -74,17 +80,30 @@ def bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([low, high], -1), np.stack([np.float32(1) - fraction, fraction], -1).astype(np.float32)
 
 
-def plan_image(
+def plan_base_view(first_tile: int, tokens: int, newline: bool) -> VisualPlan:
+    """Plan an image that is shown as its base view alone.
+
+    Args:
+        first_tile: how many tiles of the prompt come before it.
+        tokens: visual tokens of a tile.
+        newline: a newline vector follows.
+    """
+    index = 1 + first_tile * tokens + np.arange(tokens, dtype=np.int32)
+    if newline:
+        index = np.append(index, np.int32(0))
+    return VisualPlan(1, index[:, None], np.ones((len(index), 1), np.float32))
+
+
+def plan_anyres(
     size: tuple[int, int],
     *,
     first_tile: int,
     tile_size: int,
     patches_per_side: int,
     pinpoints: Sequence[tuple[int, int]],
-    max_tiles: int,
-    base_only: bool,
+    max_tiles: int | None,
 ) -> VisualPlan:
-    """Plan one image.
+    """Plan an image that is shown as its base view and a grid of tiles.
 
     Args:
         size: (height, width) in pixels.
@@ -92,14 +111,10 @@ def plan_image(
         tile_size: side of a tile in pixels.
         patches_per_side: patches along a side of a tile.
         pinpoints: resolutions an image may be fitted to.
-        max_tiles: token budget of the grid, in tiles.
-        base_only: no grid: several images share the prompt.
+        max_tiles: token budget of the grid, in tiles; None for none.
     """
     side = patches_per_side
     base = 1 + first_tile * side * side + np.arange(side * side, dtype=np.int32)
-    if base_only:
-        index = np.append(base, np.int32(0))[:, None]
-        return VisualPlan(1, index, np.ones(index.shape, np.float32))
     height, width = best_resolution(size, pinpoints)
     grid = height // tile_size, width // tile_size
     # Row of the visual table at each place of the grid's feature map: tiles are stored row by row, patches row by row
@@ -109,7 +124,7 @@ def plan_image(
     table = 1 + (first_tile + 1) * side * side + stored.transpose(0, 2, 1, 3).reshape(map_shape)
     table = table[unpadded(size, map_shape)]
     rows, columns = table.shape[0], table.shape[1]
-    ratio = math.sqrt(rows * columns / (max_tiles * side**2))
+    ratio = 0.0 if max_tiles is None else math.sqrt(rows * columns / (max_tiles * side**2))
     if ratio > 1.1:
         row_taps, row_weights = bilinear_taps(rows, int(rows // ratio))
         column_taps, column_weights = bilinear_taps(columns, int(columns // ratio))

@@ -30,24 +30,33 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) ->
     return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v), "b t k g h -> b t (k g) h")
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None) -> jax.Array:
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None, offsets: Array | None
+) -> jax.Array:
     """The reference: the whole score matrix at once."""
     mask = None
     key_positions = jnp.arange(k.shape[1])
-    if causal:
-        mask = (key_positions[None, :] <= jnp.arange(q.shape[1])[:, None])[None, None, None]
+    query_positions = jnp.arange(q.shape[1])
+    if offsets is not None:
+        mask = (key_positions[None, None, :] <= (query_positions[None, :] + offsets[:, None])[:, :, None])[
+            :, None, None
+        ]
+    elif causal:
+        mask = (key_positions[None, :] <= query_positions[:, None])[None, None, None]
     if lengths is not None:
         real = (key_positions[None, :] < lengths[:, None])[:, None, None, None, :]
         mask = real if mask is None else mask & real
     return _attend(q, k, v, mask)
 
 
-def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None) -> jax.Array:
+def _blocked(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None, offsets: Array | None
+) -> jax.Array:
     """Blocks of queries, each with the keys it can see: half the work of a causal score matrix, and a block of it in
     memory.
     """
-    if not causal or q.shape[1] != k.shape[1] or q.shape[1] <= QUERY_BLOCK:
-        return _xla(q, k, v, causal, lengths)
+    if not causal or offsets is not None or q.shape[1] <= QUERY_BLOCK:
+        return _xla(q, k, v, causal, lengths, offsets)
     blocks = []
     for start in range(0, q.shape[1], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, q.shape[1])
@@ -69,6 +78,7 @@ def attention(
     *,
     causal: bool,
     lengths: Array | None = None,
+    offsets: Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v for every head.
@@ -78,6 +88,7 @@ def attention(
         k, v: ``[B, S, K, H]``; N must be a multiple of K (grouped-query attention).
         causal: query t sees keys 0..t (T and S start together).
         lengths: int32 ``[B]`` keys that are real, the first of each row; None means all.
+        offsets: int32 ``[B]``; with causal, query t of row b stands at key ``offsets[b] + t`` (a cache before it).
         backend: a name in ``BACKENDS``; None picks the one measured best on the default platform.
 
     Returns:
@@ -85,4 +96,48 @@ def attention(
     """
     if backend is None:
         backend = "blocked" if jax.default_backend() == "cpu" else "xla"
-    return BACKENDS[backend](q, k, v, causal, lengths)
+    return BACKENDS[backend](q, k, v, causal, lengths, offsets)
+
+
+def segment_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: Array, longest: int | None = None
+) -> jax.Array:
+    """Full attention within segments: packed images, frames or windows that must not see each other.
+
+    Args:
+        q: ``[B, T, N, H]``.
+        k, v: ``[B, T, K, H]``.
+        segments: int32 ``[B, T]``; a query sees the keys of its own segment. Padding is a segment too (0).
+        longest: every segment but padding is contiguous and no longer than this: keys further away are not looked at,
+            and the work grows with T and not with its square.
+
+    Returns:
+        ``[B, T, N, H]`` in v's dtype. Rows at padding are finite and meaningless.
+    """
+    if longest is not None and 3 * longest < q.shape[1]:
+        return _neighbours(q, k, v, segments, longest)
+    blocks = []
+    for start in range(0, q.shape[1], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, q.shape[1])
+        mask = segments[:, start:stop, None] == segments[:, None, :]
+        blocks.append(_attend(q[:, start:stop], k, v, mask[:, None, None]))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _neighbours(q: jax.Array, k: jax.Array, v: jax.Array, segments: Array, longest: int) -> jax.Array:
+    """Blocks of ``longest`` queries; a segment that touches a block ends within the block before or after it."""
+    batch, length = segments.shape
+    count = -(-length // longest)
+    rest = count * longest - length
+
+    def blocks(x: Array, around: int) -> jax.Array:
+        """``[B, T, ...]`` -> ``[(B, blocks), (1 + 2 * around) * longest, ...]``, -1 where there is nothing."""
+        pad = ((0, 0), (around * longest, around * longest + rest), *[(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, pad, constant_values=-1)
+        x = rearrange(x, "b (n w) ... -> b n w ...", w=longest)
+        x = jnp.concatenate([x[:, i : i + count] for i in range(1 + 2 * around)], axis=2)
+        return rearrange(x, "b n w ... -> (b n) w ...")
+
+    mask = blocks(segments, 0)[:, :, None] == blocks(segments, 1)[:, None, :]
+    y = _attend(blocks(q, 0), blocks(k, 1), blocks(v, 1), mask[:, None, None])
+    return rearrange(y, "(b n) w ... -> b (n w) ...", b=batch)[:, :length]

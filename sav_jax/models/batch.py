@@ -1,10 +1,11 @@
 """What a model is given: one batch of prompts with static shapes.
 
-Axes: B batch, T tokens (padded), R positions read, P image tiles of one prompt (padded), S taps of one visual token.
+Axes: B batch, T tokens (padded), R positions read, P rows of pixels of one prompt (padded), S taps of one visual token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import jax
@@ -23,17 +24,21 @@ class Batch:
         lengths: int32 ``[B]``, real tokens of each row; the rest is padding no real token ever sees.
         read_positions: int32 ``[B, R]``, where head outputs (and "read" logits) are taken. SAVs read the last real
             token, R = 1.
-        tiles: float ``[B, P, height, width, 3]`` normalised pixels, or None when no prompt of the batch has an image.
+        pixels: float ``[B, P, ...]`` normalised pixels, or None when no prompt of the batch has an image. A row is what
+            the family's tower takes: a tile ``[height, width, 3]`` (LLaVA), a patch ``[C]`` (Qwen-VL).
+        vision: further host plans of the family's tower, each ``[B, P, ...]`` beside the pixels.
         visual_index: int32 ``[B, T, S]`` rows of the prompt's own visual table, -1 at text positions. Row 0 is the
-            newline vector; row ``1 + tile * n + j`` is patch ``j`` of ``tile``, ``n`` being the patches of a tile. None
-            when ``tiles`` is.
+            newline vector (zero in families without one), the tower's output follows. None when ``pixels`` is.
         visual_weight: float32 ``[B, T, S]``. A visual token is the weighted sum of its taps: S = 1 copies a row, S = 4
             interpolates bilinearly between four (images larger than the token budget).
+        positions: int32 ``[B, T]`` or ``[B, T, 3]`` rotary positions (time, height, width); None counts tokens.
     """
 
     token_ids: Array
     lengths: Array
     read_positions: Array
-    tiles: Array | None = None
+    pixels: Array | None = None
+    vision: Mapping[str, Array] | None = None
     visual_index: Array | None = None
     visual_weight: Array | None = None
+    positions: Array | None = None

@@ -1,5 +1,5 @@
-"""The language model: a pre-norm causal decoder with grouped-query attention and rotary positions (Qwen2, arXiv
-2407.10671).
+"""The language model: a pre-norm causal decoder with grouped-query attention and rotary positions. Llama, Mistral,
+Qwen2, Qwen3 and the decoders of the Qwen-VL family differ by config alone.
 
 Axes: B batch, T tokens, R positions read, N query heads, K key/value heads, H head width, D model width, F feed-forward
 width, V vocabulary, L layers. Layers are scanned: every parameter under ``layers`` has a leading L.
@@ -11,13 +11,16 @@ H]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from flax import struct
 
 from sav_jax.errors import UserError
 from sav_jax.models.attention import attention
@@ -28,7 +31,17 @@ from sav_jax.models.weights import Entry
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder; field by field Hugging Face's ``Qwen2Config``."""
+    """Sizes of a decoder; field by field Hugging Face's text configs.
+
+    Attributes:
+        qkv_bias: biases on q, k and v (Qwen2).
+        qk_norm: RMSNorm of every query and key head before rotation (Qwen3).
+        rope_axes: with M-RoPE, the axis (0 time, 1 height, 2 width) each of the H / 2 wavelengths counts along.
+        fused_qkv: q, k and v are one projection (the first Qwen).
+        trained_length: tokens of the longest prompts seen in training, for the two options that follow.
+        log_n: queries beyond it are scaled up, see :func:`log_n_scale` (the first Qwen).
+        dynamic_ntk: prompts beyond it turn more slowly, see :func:`stretched_theta` (the first Qwen).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -40,8 +53,14 @@ class DecoderConfig:
     rms_norm_eps: float
     rope_theta: float
     hidden_act: str
-    qkv_bias: bool
     tie_word_embeddings: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    rope_axes: tuple[int, ...] | None = None
+    fused_qkv: bool = False
+    trained_length: int = 0
+    log_n: bool = False
+    dynamic_ntk: bool = False
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
@@ -50,17 +69,25 @@ class DecoderConfig:
         Raises:
             UserError: an option that would change the numbers and is not implemented.
         """
-        if config["model_type"] != "qwen2":
-            raise UserError(f"text_config.model_type {config['model_type']!r} is not known (known: qwen2)")
+        model_type = config["model_type"]
+        if model_type not in _DECODERS:
+            raise UserError(f"text_config.model_type {model_type!r} is not known (known: {', '.join(_DECODERS)})")
         rope = config["rope_parameters"]
-        if rope.get("rope_type", "default") != "default":
+        # "mrope" is the default scaling under the name Qwen2-VL's first configs gave it.
+        if rope.get("rope_type", "default") not in ("default", "mrope"):
             raise UserError(f"text_config: rope_type {rope['rope_type']!r} is not supported (known: default)")
         if "sliding_attention" in (config.get("layer_types") or ()):
+            raise UserError("text_config: sliding-window attention is not supported")
+        if model_type == "mistral" and config.get("sliding_window") is not None:
             raise UserError("text_config: sliding-window attention is not supported")
         if config["hidden_act"] not in ACTIVATIONS:
             raise UserError(
                 f"text_config.hidden_act {config['hidden_act']!r} is not known (known: {', '.join(ACTIVATIONS)})"
             )
+        qkv_bias, qk_norm = _DECODERS[model_type]
+        if config.get("attention_bias") or config.get("mlp_bias"):
+            raise UserError("text_config: attention_bias and mlp_bias are not supported")
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         return cls(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -68,13 +95,75 @@ class DecoderConfig:
             num_layers=config["num_hidden_layers"],
             num_heads=config["num_attention_heads"],
             num_kv_heads=config["num_key_value_heads"],
-            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            head_dim=head_dim,
             rms_norm_eps=config["rms_norm_eps"],
             rope_theta=float(rope["rope_theta"]),
             hidden_act=config["hidden_act"],
-            qkv_bias=True,
             tie_word_embeddings=bool(config["tie_word_embeddings"]),
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            rope_axes=_rope_axes(rope, head_dim),
         )
+
+
+_DECODERS = {
+    # model_type: (biases on q, k, v; norms of q and k)
+    "llama": (False, False),
+    "mistral": (False, False),
+    "qwen2": (True, False),
+    "qwen3": (False, True),
+    "qwen2_vl_text": (True, False),
+    "qwen2_5_vl_text": (True, False),
+    "qwen3_vl_text": (False, True),
+}
+
+
+def _rope_axes(rope: Mapping[str, Any], head_dim: int) -> tuple[int, ...] | None:
+    """Which axis each wavelength counts along: in three blocks (Qwen2-VL), or interleaved (Qwen3-VL)."""
+    sections = rope.get("mrope_section")
+    if sections is None:
+        return None
+    if sum(sections) != head_dim // 2:
+        raise UserError(f"text_config: mrope_section {sections} does not add up to {head_dim // 2}")
+    if not rope.get("mrope_interleaved"):
+        return tuple(axis for axis, size in enumerate(sections) for _ in range(size))
+    axes = [0] * (head_dim // 2)
+    for axis in (1, 2):
+        for i in range(axis, 3 * sections[axis], 3):
+            axes[i] = axis
+    return tuple(axes)
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of the tokens read so far: an explicit pytree, kept and reused by whoever holds it.
+
+    Attributes:
+        keys, values: ``[L, B, S, K, H]``, S being the capacity.
+        lengths: int32 ``[B]``, how many of the S are filled.
+        fresh: nothing is filled (static, so that a first prefill attends to its own tokens only).
+        prompt_lengths: int32 ``[B]`` tokens of the first prefill, in models whose rotary base depends on them.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+    fresh: bool = struct.field(pytree_node=False, default=False)
+    prompt_lengths: Array | None = None
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, batch: int, capacity: int, dtype: Any) -> KVCache:
+        """Room for ``capacity`` tokens of ``batch`` rows."""
+        shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32), fresh=True)
+
+
+def _append(cached: jax.Array, new: jax.Array, offsets: jax.Array) -> jax.Array:
+    """Write ``new`` ``[B, T, K, H]`` into ``cached`` ``[B, S, K, H]`` from each row's offset on (it must fit)."""
+    zero = jnp.zeros((), offsets.dtype)
+    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice(row, part, (at, zero, zero)))(
+        cached, new.astype(cached.dtype), offsets
+    )
 
 
 def read_at(x: jax.Array, positions: Array) -> jax.Array:
@@ -83,25 +172,95 @@ def read_at(x: jax.Array, positions: Array) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1)
 
 
+def stretched_theta(theta: float, head_dim: int, lengths: Array, trained_length: int) -> jax.Array:
+    """The rotary base for prompts longer than those seen in training ("dynamic NTK" scaling).
+
+    A prompt of up to 2^k times the trained length gets longer wavelengths, the longest of them 2^(k + 1) - 1 times as
+    long as it was.
+
+    Args:
+        theta: the base in training.
+        head_dim: H.
+        lengths: int32 ``[B]`` tokens of each prompt.
+        trained_length: tokens of the longest prompts in training.
+
+    Returns:
+        float32 ``[B]``.
+    """
+    doublings = range(31 - trained_length.bit_length())  # more do not fit an int32
+    bases = [theta * (2 ** (k + 1) - 1) ** (head_dim / (head_dim - 2)) for k in range(len(doublings) + 1)]
+    bounds = np.array([trained_length * 2**k for k in doublings], np.int32)
+    passed = jnp.sum(jnp.asarray(lengths)[:, None] > bounds[None, :], axis=1)
+    return jnp.take(jnp.array(bases, jnp.float32), passed)
+
+
+def log_n_scale(positions: Array, trained_length: int) -> jax.Array:
+    """What queries are multiplied by, so that attention over more keys than were seen in training stays as sharp:
+    the logarithm of the number of keys to the base of the trained length, 1 within it. int32 ``[B, T]`` -> float32.
+    """
+    keys = (jnp.asarray(positions) + 1).astype(jnp.float32)
+    return jnp.maximum(jnp.log(keys) / math.log(trained_length), 1.0)
+
+
+@struct.dataclass
+class Context:
+    """What every layer is given alike.
+
+    Attributes:
+        angles: cosine and sine of the rotary positions, ``[B, T, H / 2]`` each.
+        lengths: int32 ``[B]`` real tokens of each row.
+        read_positions: int32 ``[B, R]`` where head outputs are sown.
+        offsets: int32 ``[B]`` tokens in the cache before these; None without a cache or with a fresh one.
+        deepstack: visual features added to the outputs of the first layers, ``[J, B, T, D]`` (Qwen3-VL), or None.
+        query_scale: float32 ``[B, T]`` what queries are multiplied by, or None.
+    """
+
+    angles: tuple[jax.Array, jax.Array]
+    lengths: Array
+    read_positions: Array
+    offsets: jax.Array | None = None
+    deepstack: jax.Array | None = None
+    query_scale: jax.Array | None = None
+
+
+LayerCache: TypeAlias = tuple[jax.Array, jax.Array] | None
+
+
 class SelfAttention(nn.Module):
     """Causal grouped-query attention; sows ``head_outputs`` ``[B, R, N, H]``."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], lengths: Array, read_positions: Array
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Context, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
         c = self.config
         bias_axes = 2 if c.qkv_bias else 0
-        q = Projection("BTD,DNH->BTNH", (c.hidden_size, c.num_heads, c.head_dim), bias_axes, name="q_proj")(x)
-        k = Projection("BTD,DKH->BTKH", (c.hidden_size, c.num_kv_heads, c.head_dim), bias_axes, name="k_proj")(x)
-        v = Projection("BTD,DKH->BTKH", (c.hidden_size, c.num_kv_heads, c.head_dim), bias_axes, name="v_proj")(x)
-        heads = attention(rotate(q, angles), rotate(k, angles), v, causal=True, lengths=lengths)
+        if c.fused_qkv:
+            shape = c.hidden_size, 3, c.num_heads, c.head_dim
+            qkv = Projection("BTD,DANH->BTANH", shape, bias_axes and 3, name="qkv")(x)
+            q, k, v = (qkv[:, :, i] for i in range(3))
+        else:
+            q = Projection("BTD,DNH->BTNH", (c.hidden_size, c.num_heads, c.head_dim), bias_axes, name="q_proj")(x)
+            k = Projection("BTD,DKH->BTKH", (c.hidden_size, c.num_kv_heads, c.head_dim), bias_axes, name="k_proj")(x)
+            v = Projection("BTD,DKH->BTKH", (c.hidden_size, c.num_kv_heads, c.head_dim), bias_axes, name="v_proj")(x)
+        if c.qk_norm:
+            q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+        q, k = rotate(q, context.angles), rotate(k, context.angles)
+        if context.query_scale is not None:
+            q = q * context.query_scale[:, :, None, None].astype(q.dtype)
+        if cache is not None:
+            start = jnp.zeros(x.shape[0], jnp.int32) if context.offsets is None else context.offsets
+            cache = _append(cache[0], k, start), _append(cache[1], v, start)
+        if cache is None or context.offsets is None:
+            heads = attention(q, k, v, causal=True, lengths=context.lengths)
+        else:
+            # A query sees the cache and the new tokens up to its own: all of them real when the query is.
+            keys, values = (part.astype(v.dtype) for part in cache)
+            heads = attention(q, keys, values, causal=True, offsets=context.offsets)
         # Sliced here, inside the scan, so that memory is L*B*R*N*H and not L*B*T*N*H. The reducer keeps the array
         # itself, not a tuple of it.
-        self.sow("intermediates", "head_outputs", read_at(heads, read_positions), reduce_fn=lambda _, new: new)
-        return Projection("BTNH,NHD->BTD", (c.num_heads, c.head_dim, c.hidden_size), name="o_proj")(heads)
+        self.sow("intermediates", "head_outputs", read_at(heads, context.read_positions), reduce_fn=lambda _, new: new)
+        return Projection("BTNH,NHD->BTD", (c.num_heads, c.head_dim, c.hidden_size), name="o_proj")(heads), cache
 
 
 class FeedForward(nn.Module):
@@ -126,13 +285,17 @@ class DecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], lengths: Array, read_positions: Array
-    ) -> tuple[jax.Array, None]:
+        self, x: jax.Array, layer: jax.Array, cache: LayerCache, context: Context
+    ) -> tuple[jax.Array, LayerCache]:
         eps = self.config.rms_norm_eps
-        y = RMSNorm(eps, name="input_layernorm")(x)
-        x = x + SelfAttention(self.config, name="self_attn")(y, angles, lengths, read_positions)
-        y = RMSNorm(eps, name="post_attention_layernorm")(x)
-        return x + FeedForward(self.config, name="mlp")(y), None
+        y, cache = SelfAttention(self.config, name="self_attn")(RMSNorm(eps, name="input_layernorm")(x), context, cache)
+        x = x + y
+        x = x + FeedForward(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
+        if context.deepstack is not None:
+            last = context.deepstack.shape[0] - 1
+            features = jax.lax.dynamic_index_in_dim(context.deepstack, jnp.minimum(layer, last), keepdims=False)
+            x = x + jnp.where(layer <= last, features, jnp.zeros_like(features))
+        return x, cache
 
 
 class Decoder(nn.Module):
@@ -148,7 +311,7 @@ class Decoder(nn.Module):
             # Without "intermediates" here the sown heads would vanish silently.
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=c.num_layers,
         )(c)
         self.norm = RMSNorm(c.rms_norm_eps)
@@ -156,24 +319,59 @@ class Decoder(nn.Module):
             self.lm_head = Projection("BTD,DV->BTV", (c.hidden_size, c.vocab_size))
 
     def embed(self, token_ids: Array) -> jax.Array:
-        """int32 ``[B, T]`` -> ``[B, T, D]``."""
-        return jnp.take(self.embedding, token_ids, axis=0)
+        """int32 ``[B, T]`` -> ``[B, T, D]``; ids beyond the vocabulary (image tokens of some) get the last row."""
+        return jnp.take(self.embedding, token_ids, axis=0, mode="clip")
 
-    def __call__(self, x: jax.Array, positions: jax.Array, lengths: Array, read_positions: Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        lengths: Array,
+        read_positions: Array,
+        positions: Array | None = None,
+        cache: KVCache | None = None,
+        deepstack: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
         """Run all layers.
 
         Args:
             x: ``[B, T, D]`` embeddings.
-            positions: int32 ``[B, T]`` rotary positions.
             lengths: int32 ``[B]`` real tokens of each row.
             read_positions: int32 ``[B, R]`` where head outputs are sown.
+            positions: int32 ``[B, T]`` or ``[B, T, 3]`` rotary positions; None counts on from the cache.
+            cache: what came before; its capacity must hold T more than its longest row.
+            deepstack: see :class:`Context`.
 
         Returns:
-            ``[B, T, D]`` after the final norm.
+            ``[B, T, D]`` after the final norm, and the cache with these tokens appended (None if none was given).
         """
-        angles = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-        x, _ = self.layers(x, angles, lengths, read_positions)
-        return self.norm(x)
+        c = self.config
+        offsets = None if cache is None or cache.fresh else cache.lengths
+        if positions is None:
+            start = jnp.zeros(x.shape[0], jnp.int32) if offsets is None else offsets
+            positions = start[:, None] + jnp.arange(x.shape[1])[None, :]
+        if c.rope_axes is not None and positions.ndim == 2:
+            positions = jnp.broadcast_to(positions[:, :, None], (*positions.shape, 3))
+        theta: float | jax.Array = c.rope_theta
+        prompt_lengths: Array | None = None
+        if c.dynamic_ntk:
+            # What follows a prompt is read as the prompt was: the keys in the cache have been turned already.
+            prompt_lengths = lengths if cache is None or cache.fresh else cache.prompt_lengths
+            assert prompt_lengths is not None
+            theta = stretched_theta(c.rope_theta, c.head_dim, prompt_lengths, c.trained_length)
+        context = Context(
+            angles=rotary_angles(positions, c.head_dim, theta, c.rope_axes),
+            lengths=lengths,
+            read_positions=read_positions,
+            offsets=offsets,
+            deepstack=deepstack,
+            query_scale=log_n_scale(positions, c.trained_length) if c.log_n else None,
+        )
+        layer_caches = None if cache is None else (cache.keys, cache.values)
+        x, layer_caches = self.layers(x, jnp.arange(c.num_layers), layer_caches, context)
+        if cache is not None and layer_caches is not None:
+            keys, values = layer_caches
+            cache = KVCache(keys, values, cache.lengths + lengths, prompt_lengths=prompt_lengths)
+        return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """``[B, T, D]`` normalised hidden states -> float32 ``[B, T, V]``."""
@@ -210,6 +408,10 @@ def checkpoint_entries(config: DecoderConfig, source: str, lm_head: str, target:
         entries.append(Entry(f"{path}/kernel", f"{key}.weight", "(n h) d -> d n h", heads, count))
         if config.qkv_bias:
             entries.append(Entry(f"{path}/bias", f"{key}.bias", "(n h) -> n h", heads, count))
+    if config.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            path, key = f"{target}/layers/self_attn/{name}", f"{layer}.self_attn.{name}"
+            entries.append(Entry(f"{path}/scale", f"{key}.weight", "h -> h", {}, count))
     entries.append(
         Entry(
             f"{target}/layers/self_attn/o_proj/kernel",

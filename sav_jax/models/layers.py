@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sav_jax.models.batch import Array
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
@@ -81,19 +83,27 @@ class LayerNorm(nn.Module):
         return (y + jnp.broadcast_to(bias.astype(jnp.float32), y.shape)).astype(x.dtype)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    positions: Array, head_dim: int, theta: float | jax.Array, axes: tuple[int, ...] | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the rotary embedding (RoFormer, arXiv 2104.09864), float32.
 
     Args:
-        positions: int32 ``[B, T]``.
+        positions: int32 ``[B, T]``, or ``[B, T, A]`` with one position per axis (M-RoPE, arXiv 2409.12191).
         head_dim: H, even.
-        theta: base of the wavelengths.
+        theta: base of the wavelengths, one for all or float32 ``[B]``.
+        axes: for positions of several axes, which axis each of the H / 2 wavelengths counts along.
 
     Returns:
         Two ``[B, T, H / 2]`` arrays.
     """
-    frequencies = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
-    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None, :]
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / (jnp.asarray(theta, jnp.float32).reshape(-1, 1, 1) ** exponents[None, None, :])
+    if positions.ndim == 3:
+        places = jnp.take(jnp.asarray(positions), jnp.asarray(axes), axis=-1)
+    else:
+        places = jnp.asarray(positions)[..., None]
+    angles = places.astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 

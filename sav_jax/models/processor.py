@@ -1,19 +1,16 @@
 """Text and images -> :class:`Prompt`: tokenizer, chat template, placeholder expansion and PIL image processors, all
 without torch.
 
-transformers' combined LLaVA-OneVision processor cannot be built without torchvision; this thin one gives the same input
-ids and pixels.
+transformers' combined processors cannot be built without torchvision; these thin ones give the same input ids and
+pixels. A family adds how an image becomes visual tokens (:meth:`Processor.plan_images`) and pixels
+(:meth:`Processor.pixels`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +18,11 @@ import numpy as np
 from PIL import Image
 
 from sav_jax.errors import UserError
-from sav_jax.models.anyres import plan_image
-from sav_jax.models.llava_onevision import LlavaOnevisionConfig
-from sav_jax.models.registry import architecture, read_config
+from sav_jax.models.anyres import VisualPlan
+from sav_jax.models.quiet import quiet_transformers
 
 IMAGE_MARK = "<image>"
-"""Stands in a question where an image belongs."""
+"""Stands in a question where an image belongs, whatever the model's own image token is."""
 
 
 @dataclass(frozen=True)
@@ -35,47 +31,64 @@ class Prompt:
 
     Attributes:
         token_ids: int32 ``[T]``.
-        num_tiles: P, tiles of all its images.
+        num_rows: P, rows of pixels of all its images.
         visual_index, visual_weight: ``[T, S]``, see :class:`sav_jax.models.batch.Batch`.
+        vision: the family's further plans, each ``[P, ...]``.
+        positions: int32 ``[T, 3]`` rotary positions, or None to count tokens.
     """
 
     token_ids: np.ndarray
-    num_tiles: int
+    num_rows: int
     visual_index: np.ndarray
     visual_weight: np.ndarray
+    vision: Mapping[str, np.ndarray] = field(default_factory=dict)
+    positions: np.ndarray | None = None
 
     def extended(self, token_ids: Sequence[int]) -> Prompt:
         """The prompt followed by more text tokens."""
         extra = np.asarray(token_ids, np.int32)
         pad = ((0, len(extra)), (0, 0))
+        positions = self.positions
+        if positions is not None:
+            following = positions.max() + 1 + np.arange(len(extra), dtype=np.int32)
+            positions = np.concatenate([positions, np.repeat(following[:, None], positions.shape[1], axis=1)])
         return Prompt(
             np.concatenate([self.token_ids, extra]),
-            self.num_tiles,
+            self.num_rows,
             np.pad(self.visual_index, pad, constant_values=-1),
             np.pad(self.visual_weight, pad),
+            self.vision,
+            positions,
         )
 
 
-class LlavaOnevisionProcessor:
-    """Prompts for LLaVA-OneVision.
+class Processor:
+    """What all families do alike.
 
     Attributes:
         tokenizer: transformers' fast tokenizer.
-        digest: sha256 over everything that decides what pixels and tokens the model sees.
+        image_processor: transformers' PIL image processor.
+        image_token: the model's placeholder for an image, one token.
     """
 
-    def __init__(self, config: LlavaOnevisionConfig, tokenizer: Any, image_processor: Any, chat_template: str):
+    def __init__(self, config: Any, tokenizer: Any, image_processor: Any, chat_template: str):
         self.config = config
         self.tokenizer = tokenizer
+        self.image_processor = image_processor
         self.chat_template = chat_template
-        self._image_processor = image_processor
-        settings = {
-            k: v for k, v in image_processor.to_dict().items() if isinstance(v, (int, float, str, bool, list, dict))
-        }
-        text = json.dumps(
-            [chat_template, settings, config.image_grid_pinpoints, config.max_tiles], sort_keys=True, default=str
-        )
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+
+    def plan_images(self, image_sizes: Sequence[tuple[int, int]]) -> list[VisualPlan]:
+        """The visual tokens of each image of a prompt, from the (height, width) of all of them."""
+        raise NotImplementedError
+
+    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """What the tower takes, float32 ``[P, ...]``, for all images of a prompt."""
+        raise NotImplementedError
+
+    def positions(self, token_ids: np.ndarray, plans: Sequence[VisualPlan]) -> np.ndarray | None:
+        """Rotary positions of an expanded prompt, int32 ``[T, 3]``; None counts tokens."""
+        return None
 
     def text(self, question: str, num_images: int) -> str:
         """The prompt as the model reads it: chat template with generation prompt, one image token per image.
@@ -86,40 +99,36 @@ class LlavaOnevisionProcessor:
         if marks not in (0, num_images):
             raise UserError(f"question has {marks} {IMAGE_MARK} marks for {num_images} images: {question!r}")
         content = [] if marks else [{"type": "image"}] * num_images
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        text = question.replace(IMAGE_MARK, self.image_mark)
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         return self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
         )
 
+    @property
+    def image_mark(self) -> str:
+        """What the chat template writes for an image."""
+        return self.image_token
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end an answer although no file of the checkpoint says so."""
+        return ()
+
     def plan(self, question: str, image_sizes: Sequence[tuple[int, int]]) -> Prompt:
         """Tokens and visual plan of a prompt, from the (height, width) of its images alone."""
-        ids = self.tokenizer(self.text(question, len(image_sizes)), add_special_tokens=False)["input_ids"]
-        return self.expand(ids, image_sizes)
+        return self.expand(self.encode_prompt(self.text(question, len(image_sizes))), image_sizes)
 
     def expand(self, token_ids: Sequence[int], image_sizes: Sequence[tuple[int, int]]) -> Prompt:
         """Widen each image token of ``token_ids`` to the visual tokens of its image."""
-        c = self.config
-        plans = []
-        num_tiles = 0
-        for size in image_sizes:
-            plans.append(
-                plan_image(
-                    size,
-                    first_tile=num_tiles,
-                    tile_size=c.vision.image_size,
-                    patches_per_side=c.vision.patches_per_side,
-                    pinpoints=c.image_grid_pinpoints,
-                    max_tiles=c.max_tiles,
-                    base_only=len(image_sizes) > 1,
-                )
-            )
-            num_tiles += plans[-1].num_tiles
+        plans = self.plan_images(image_sizes)
         ids = np.asarray(token_ids, np.int32)
-        places = np.flatnonzero(ids == c.image_token_id)
+        image_token = self.config.image_token_id
+        places = np.flatnonzero(ids == image_token)
         if len(places) != len(plans):
             raise UserError(
                 f"the prompt has {len(places)} image tokens for {len(plans)} images; "
-                f"does its text contain {IMAGE_MARK!r}?"
+                f"does its text contain {self.image_token!r}?"
             )
         taps = max((plan.index.shape[1] for plan in plans), default=1)
         pieces: list[tuple[np.ndarray, ...]] = []
@@ -127,25 +136,26 @@ class LlavaOnevisionProcessor:
         for place, plan in zip(places.tolist(), plans, strict=True):
             pieces.append(_text_piece(ids[start:place], taps))
             short = ((0, 0), (0, taps - plan.index.shape[1]))
-            token = np.full(len(plan.index), c.image_token_id, np.int32)
+            token = np.full(len(plan.index), image_token, np.int32)
             pieces.append((token, np.pad(plan.index, short), np.pad(plan.weight, short)))
             start = place + 1
         pieces.append(_text_piece(ids[start:], taps))
         expanded, index, weight = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        return Prompt(expanded, num_tiles, index, weight)
-
-    def tiles(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Normalised pixels of a prompt's tiles, float32 ``[P, height, width, 3]``."""
-        size = self.config.vision.image_size
-        if not images:
-            return np.zeros((0, size, size, 3), np.float32)
-        # Nested: images of one prompt are told from images of several, which decides on base view or anyres.
-        values = self._image_processor([list(images)], return_tensors=None, do_pad=False)["pixel_values"]
-        return np.ascontiguousarray(np.concatenate(values).transpose(0, 2, 3, 1), np.float32)
+        names = plans[0].vision if plans else {}
+        vision = {name: np.concatenate([plan.vision[name] for plan in plans]) for name in names}
+        num_rows = sum(plan.num_rows for plan in plans)
+        return Prompt(expanded, num_rows, index, weight, vision, self.positions(expanded, plans))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, no special tokens added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of text as it stands; no special tokens are added, but those written in it are read as such."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a whole prompt: with the tokenizer's first token (Llama's), unless the template wrote it."""
+        bos = self.tokenizer.bos_token
+        return self.tokenizer(text, add_special_tokens=bos is None or not text.startswith(bos), verbose=False)[
+            "input_ids"
+        ]
 
 
 def _text_piece(ids: np.ndarray, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -153,22 +163,23 @@ def _text_piece(ids: np.ndarray, taps: int) -> tuple[np.ndarray, np.ndarray, np.
     return ids, np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers advises on stderr to install torch and torchvision while processors are imported; users need
-    neither.
-    """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def image_settings(image_processor: Any) -> dict[str, Any]:
+    """Everything that decides what an image processor of transformers does."""
+    kinds = (int, float, str, bool, list, dict)
+    return {key: value for key, value in image_processor.to_dict().items() if isinstance(value, kinds)}
 
 
-def load_processor(directory: str | Path, config: Mapping[str, Any] | None = None) -> LlavaOnevisionProcessor:
+class NamedImageProcessor:
+    """Loads transformers' PIL image processor of the class that ``preprocessor_config.json`` names."""
+
+    @staticmethod
+    def from_pretrained(directory: Path) -> Any:
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
+
+
+def load_processor(directory: str | Path, config: Mapping[str, Any] | None = None) -> Processor:
     """The processor of a checkpoint directory.
 
     Args:
@@ -178,36 +189,45 @@ def load_processor(directory: str | Path, config: Mapping[str, Any] | None = Non
     Raises:
         UserError: a file is missing or unreadable.
     """
+    from sav_jax.models.registry import architecture, read_config
+
     directory = Path(directory)
-    parsed = architecture(read_config(directory) if config is None else config).config
+    arch = architecture(read_config(directory) if config is None else config)
     with quiet_transformers():
         from transformers import AutoTokenizer
-        from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-            LlavaOnevisionImageProcessorPil,
-        )
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except Exception as error:  # the tokenizer library raises many types
-            raise UserError(f"{directory}: cannot load its tokenizer ({' '.join(str(error).split())[:200]})") from None
-        try:
-            image_processor = LlavaOnevisionImageProcessorPil.from_pretrained(directory)
-        except Exception as error:
-            raise UserError(
-                f"{directory}: cannot load its image processor ({' '.join(str(error).split())[:200]})"
-            ) from None
-    # The grid must be the model's: the two files could disagree, and the plan is made from config.json.
-    image_processor.image_grid_pinpoints = [list(p) for p in parsed.image_grid_pinpoints]
-    return LlavaOnevisionProcessor(parsed, tokenizer, image_processor, _chat_template(directory, tokenizer))
+        tokenizer = load_part(directory, "tokenizer", arch.load_tokenizer or AutoTokenizer.from_pretrained)
+        image_processor = load_part(directory, "image processor", arch.image_processor_class().from_pretrained)
+    token_id = arch.config.image_token_id
+    if tokenizer.convert_ids_to_tokens(token_id) is None:
+        raise UserError(f"{directory}: its tokenizer has no image token (no token {token_id}, which config.json names)")
+    return arch.processor(arch.config, tokenizer, image_processor, _chat_template(directory, tokenizer))
+
+
+def load_part(directory: Path, what: str, loader: Any) -> Any:
+    """``loader(directory)``.
+
+    Raises:
+        UserError: it fails; says that ``what`` cannot be loaded, and why.
+    """
+    try:
+        return loader(directory)
+    except Exception as error:  # transformers and tokenizers raise many types
+        raise UserError(f"{directory}: cannot load its {what} ({' '.join(str(error).split())[:200]})") from None
 
 
 def _chat_template(directory: Path, tokenizer: Any) -> str:
-    """From the tokenizer, or from where processors keep it (``chat_template.jinja``, older ``chat_template.json``)."""
-    jinja, older = directory / "chat_template.jinja", directory / "chat_template.json"
-    if older.exists() and not jinja.exists():
-        return json.loads(older.read_text())["chat_template"]
+    """From where processors keep it (a file of its own, by newer and older names) or from the tokenizer."""
+    jinja = directory / "chat_template.jinja"
     if jinja.exists():
         return jinja.read_text()
+    for file in (directory / "chat_template.json", directory / "processor_config.json"):
+        try:
+            template = json.loads(file.read_text()).get("chat_template") if file.exists() else None
+        except ValueError as error:
+            raise UserError(f"{file}: unreadable ({error})") from None
+        if isinstance(template, str):
+            return template
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     raise UserError(

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax import linen as nn
-
 from sav_jax.errors import UserError
-from sav_jax.models import llava_onevision
+from sav_jax.models import llava, llava_release, qwen1_processor, qwen1_vl, qwen_vl
+from sav_jax.models.llava_processor import LlavaProcessor
+from sav_jax.models.multimodal import HEADS_PATH, MultimodalModel
+from sav_jax.models.processor import NamedImageProcessor, Processor
+from sav_jax.models.quiet import quiet_transformers
+from sav_jax.models.qwen_processor import QwenVLProcessor
 from sav_jax.models.weights import Table
 
 
@@ -22,34 +25,93 @@ class Architecture:
     Attributes:
         model_type: ``model_type`` of ``config.json``.
         config: the family's frozen config.
-        module: the Linen module; all families share one call signature (``models/llava_onevision.py``).
+        module: the Linen module; all families share one call signature (``models/multimodal.py``).
         table: its checkpoint layout.
+        processor: its processor class.
+        image_processor_class: gives transformers' PIL image processor class (imported late: it is heavy).
+        load_tokenizer: makes the tokenizer of a directory in families that transformers has none for.
         heads_path: where its heads stand in the ``intermediates`` collection.
     """
 
     model_type: str
     config: Any
-    module: nn.Module
+    module: MultimodalModel
     table: Table
-    heads_path: tuple[str, ...]
+    processor: type[Processor]
+    image_processor_class: Callable[[], Any]
+    load_tokenizer: Callable[[Path], Any] | None = None
+    heads_path: tuple[str, ...] = HEADS_PATH
 
 
-def _llava_onevision(config: Mapping[str, Any]) -> Architecture:
-    parsed = llava_onevision.LlavaOnevisionConfig.from_hf(config)
+def _llava(config: Mapping[str, Any]) -> Architecture:
+    def image_processor_class() -> Any:
+        if config["model_type"] == "llava_onevision":
+            from transformers.models.llava_onevision import image_processing_pil_llava_onevision as onevision
+
+            return onevision.LlavaOnevisionImageProcessorPil
+        if config["model_type"] == "llava_next":
+            from transformers.models.llava_next import image_processing_pil_llava_next as next_
+
+            return next_.LlavaNextImageProcessorPil
+        # LLaVA-1.5 leaves it to the checkpoint: CLIP's, SigLIP's, or LLaVA's own, which can pad to a square.
+        return NamedImageProcessor
+
+    parsed = llava.LlavaConfig.from_hf(config)
     return Architecture(
-        model_type="llava_onevision",
+        model_type=config["model_type"],
         config=parsed,
-        module=llava_onevision.LlavaOnevision(parsed),
-        table=llava_onevision.checkpoint_table(parsed),
-        heads_path=llava_onevision.HEADS_PATH,
+        module=llava.Llava(parsed),
+        table=llava.checkpoint_table(parsed),
+        processor=LlavaProcessor,
+        image_processor_class=image_processor_class,
     )
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {"llava_onevision": _llava_onevision}
+def _qwen_vl(config: Mapping[str, Any]) -> Architecture:
+    def image_processor_class() -> Any:
+        # One for all of them; they differ by its settings.
+        from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as module
+
+        return module.Qwen2VLImageProcessorPil
+
+    parsed = qwen_vl.QwenVLConfig.from_hf(config)
+    return Architecture(
+        model_type=config["model_type"],
+        config=parsed,
+        module=qwen_vl.QwenVL(parsed),
+        table=qwen_vl.checkpoint_table(parsed),
+        processor=QwenVLProcessor,
+        image_processor_class=image_processor_class,
+    )
+
+
+def _qwen1_vl(config: Mapping[str, Any]) -> Architecture:
+    parsed = qwen1_vl.Qwen1VLConfig.from_hf(config)
+    return Architecture(
+        model_type=config["model_type"],
+        config=parsed,
+        module=qwen1_vl.Qwen1VL(parsed),
+        table=qwen1_vl.checkpoint_table(parsed),
+        processor=qwen1_processor.Qwen1VLProcessor,
+        image_processor_class=lambda: qwen1_processor.SquareImages,
+        load_tokenizer=qwen1_processor.load_tokenizer,
+    )
+
+
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
+    "llava": _llava,
+    "llava_next": _llava,
+    "llava_onevision": _llava,
+    "qwen": _qwen1_vl,
+    "qwen2_vl": _qwen_vl,
+    "qwen2_5_vl": _qwen_vl,
+    "qwen3_vl": _qwen_vl,
+}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The raw ``config.json`` of a checkpoint directory.
+    """The raw ``config.json`` of a checkpoint directory; that of LLaVA's own releases is rewritten to Hugging Face's
+    layout.
 
     Raises:
         UserError: missing or not a JSON object.
@@ -63,20 +125,23 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{file}: unreadable ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a JSON object")
-    return config
+    return llava_release.as_hugging_face(config, directory) if llava_release.is_release(config) else config
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config`` with every field its Hugging Face class would default, in today's spelling (old hub files leave most
     out).
     """
-    from transformers import CONFIG_MAPPING
-
     model_type = config.get("model_type")
-    try:
-        return CONFIG_MAPPING[model_type](**{k: v for k, v in config.items() if k != "model_type"}).to_dict()
-    except Exception as error:  # transformers validates strictly and with many exception types
-        raise UserError(f"config.json: not a valid {model_type} config: {' '.join(str(error).split())}") from None
+    if model_type == "qwen":
+        return qwen1_vl.with_defaults(config)  # transformers has no class for it
+    with quiet_transformers():  # it warns of its own defaults (SigLIP's)
+        from transformers import CONFIG_MAPPING
+
+        try:
+            return CONFIG_MAPPING[model_type](**{k: v for k, v in config.items() if k != "model_type"}).to_dict()
+        except Exception as error:  # transformers validates strictly and with many exception types
+            raise UserError(f"config.json: not a valid {model_type} config: {' '.join(str(error).split())}") from None
 
 
 def architecture(config: Mapping[str, Any], num_layers: int | None = None) -> Architecture:

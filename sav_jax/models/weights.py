@@ -30,7 +30,18 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Some files hold buffers that are no parameters (position ids): their headers must be readable.
+BUFFER_DTYPES: dict[str, np.dtype[Any]] = {
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 INDEX_FILE = "model.safetensors.index.json"
+TOWER_FILE = "vision_tower.safetensors"
+"""A file of weights that is read beside the others, whether an index names it or not."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Entry:
         pattern: einops pattern from the stored to the wanted layout of one layer; read backwards when saving.
         sizes: axis sizes the pattern needs.
         layers: how many layers are stacked on axis 0 of the parameter; None for a parameter of its own.
+        first: the number of the first of these layers in the checkpoint.
         copy: an optional second name of a parameter another entry fills (tied embeddings); if stored it must be equal.
     """
 
@@ -51,13 +63,14 @@ class Entry:
     pattern: str
     sizes: Mapping[str, int] = field(default_factory=dict)
     layers: int | None = None
+    first: int = 0
     copy: bool = False
 
     def stored_keys(self) -> list[str]:
         """Checkpoint keys, one per layer."""
         if self.layers is None:
             return [self.source]
-        return [self.source.format(layer=i) for i in range(self.layers)]
+        return [self.source.format(layer=i) for i in range(self.first, self.first + self.layers)]
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of one stored tensor for a parameter of (stacked) ``shape``."""
@@ -87,16 +100,24 @@ class Table:
             names).
         ignored: patterns (``re.fullmatch`` on the canonical key) of keys that are left out, each with its reason beside
             it.
+        parts: ``(pattern, advice)``: when a checkpoint has none of the wanted keys that match (whole), the advice is
+            the error, not the list of keys.
     """
 
     entries: tuple[Entry, ...]
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
+    parts: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, key: str) -> str:
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key
+
+
+def layers_from(prefix: str, depth: int) -> str:
+    """A pattern for the keys of the layers from ``depth`` on (at most 999)."""
+    return prefix + r"\.(" + "|".join(str(i) for i in range(depth, 1000)) + r")\..*"
 
 
 class CheckpointError(UserError):
@@ -143,6 +164,7 @@ def read_headers(directory: Path) -> Iterator[StoredTensor]:
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in name order (see :func:`read_headers`)."""
     index = directory / INDEX_FILE
+    tower = [file for file in (directory / TOWER_FILE,) if file.exists()]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -152,12 +174,12 @@ def weight_files(directory: Path) -> list[Path]:
         for file in files:
             if not file.exists():
                 raise UserError(f"{file}: missing, but named by {INDEX_FILE}")
-        return files
-    single = directory / "model.safetensors"
-    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    else:
+        single = directory / "model.safetensors"
+        files = [single] if single.exists() else sorted(set(directory.glob("*.safetensors")) - set(tower))
     if not files:
         raise UserError(f"{directory}: no *.safetensors file in it (only safetensors are read, never pickled weights)")
-    return files
+    return files + [file for file in tower if file not in files]
 
 
 def _file_headers(file: Path) -> Iterator[StoredTensor]:
@@ -178,9 +200,14 @@ def _file_headers(file: Path) -> Iterator[StoredTensor]:
         start, stop = entry["data_offsets"]
         if begin + stop > size:
             raise UserError(f"{file}: truncated: {key} ends at byte {begin + stop}, the file has {size}")
-        if entry["dtype"] not in DTYPES:
-            raise UserError(f"{file}: {key} is stored as {entry['dtype']}, which is not one of {', '.join(DTYPES)}")
-        yield StoredTensor(file, key, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin + start)
+        dtype = {**DTYPES, **BUFFER_DTYPES}.get(entry["dtype"])
+        if dtype is None:
+            raise _wrong_dtype(file, key, entry["dtype"])
+        yield StoredTensor(file, key, dtype, tuple(entry["shape"]), begin + start)
+
+
+def _wrong_dtype(file: Path, key: str, dtype: str) -> UserError:
+    return UserError(f"{file}: {key} is stored as {dtype}, which is not one of {', '.join(DTYPES)}")
 
 
 def load_params(
@@ -216,7 +243,7 @@ def load_params(
 
         def read(index: Any, entry: Entry = entry, sources: list[StoredTensor] = sources) -> np.ndarray:
             if entry.layers is None:
-                return np.ascontiguousarray(entry.to_param(sources[0].read())[index]).astype(dtype)
+                return np.asarray(entry.to_param(sources[0].read())[index], order="C").astype(dtype)
             layers = [entry.to_param(source.read())[index[1:]].astype(dtype) for source in sources[index[0]]]
             return np.stack(layers)
 
@@ -248,6 +275,10 @@ def _match(directory: Path, table: Table, wanted: Mapping[str, Any]) -> dict[str
     if unfilled:
         raise AssertionError(f"the checkpoint table fills no {sorted(unfilled)}")
     missing = [key for key in expected if key not in tensors and key not in optional]
+    for pattern, advice in table.parts:
+        part = [key for key in expected if re.fullmatch(pattern, key)]
+        if part and not any(key in tensors for key in part):
+            raise UserError(f"{directory}: {advice}")
     misshapen = [
         f"{tensors[key].key} is {list(tensors[key].shape)}, not {list(shape)}"
         for key, shape in expected.items()
@@ -257,6 +288,10 @@ def _match(directory: Path, table: Table, wanted: Mapping[str, Any]) -> dict[str
     unknown = [tensor.key for key, tensor in tensors.items() if key not in expected and not ignored.fullmatch(key)]
     if missing or unknown or misshapen or duplicated:
         raise CheckpointError(directory, missing, unknown, misshapen, duplicated)
+    buffers = {dtype: name for name, dtype in BUFFER_DTYPES.items()}
+    for key in expected:
+        if key in tensors and (dtype := tensors[key].dtype) in buffers:
+            raise _wrong_dtype(tensors[key].file, tensors[key].key, buffers[dtype])
     return tensors
 
 
@@ -306,9 +341,11 @@ def save_checkpoint(
         partial = directory / f"{name}.partial"
         tensors = {key: _stored(entry, flat[entry.target], layer, dtype) for key, entry, layer in shard}
         save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # the library makes it private to its user
         partial.replace(directory / name)
-    for old in {*directory.glob("model*.safetensors"), directory / INDEX_FILE} - {directory / name for name in names}:
-        old.unlink(missing_ok=True)
+    old = {*directory.glob("model*.safetensors"), directory / INDEX_FILE, directory / TOWER_FILE}
+    for file in old - {directory / name for name in names}:
+        file.unlink(missing_ok=True)
     if len(shards) > 1:
         total = sum(math.prod(value.shape) for value in flat.values()) * np.dtype(dtype).itemsize
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key, _, _ in shard}
@@ -338,7 +375,8 @@ def _assign_shards(
 
 def _stored(entry: Entry, param: Any, layer: int, dtype: Any) -> np.ndarray:
     value = np.asarray(param if entry.layers is None else param[layer])
-    return np.ascontiguousarray(entry.to_stored(value)).astype(dtype)
+    # Unlike ascontiguousarray, this leaves a scalar a scalar.
+    return np.asarray(entry.to_stored(value), order="C").astype(dtype)
 
 
 def _rearranged_shape(pattern: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from checkpoints import TILE, Reference
+from checkpoints import Reference
+from checkpoints_llava import TILE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sav_jax.models.anyres import best_resolution, bilinear_taps, plan_image
+from sav_jax.models.anyres import best_resolution, bilinear_taps, plan_anyres, plan_base_view
 
 SIDE = 7  # patches along a side of a tile: 30 pixels in patches of 4
 sides = st.integers(1, 700)
@@ -20,17 +21,16 @@ def test_plan_equals_packing_the_features(reference: Reference, height: int, wid
     """Gathering by the plan gives what transformers' reshape, unpad, interpolate and concatenate give."""
     config = reference.model.config
     pinpoints = [tuple(p) for p in config.image_grid_pinpoints]
-    plan = plan_image(
+    plan = plan_anyres(
         (height, width),
         first_tile=first_tile,
         tile_size=TILE,
         patches_per_side=SIDE,
         pinpoints=pinpoints,
         max_tiles=4,
-        base_only=False,
     )
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((plan.num_tiles, SIDE * SIDE, 2)).astype(np.float32)
+    features = rng.standard_normal((plan.num_rows, SIDE * SIDE, 2)).astype(np.float32)
     newline = rng.standard_normal(2).astype(np.float32)
     (theirs,), _ = reference.model.model.pack_image_features(
         [torch.tensor(features)],
@@ -67,9 +67,8 @@ def test_bilinear_taps_equal_torch(before: int, after: int) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=4 * before * 2**-24 + 1e-6)
 
 
-def test_several_images_take_one_tile_each() -> None:
-    plan = plan_image(
-        (90, 30), first_tile=2, tile_size=28, patches_per_side=2, pinpoints=[(28, 28)], max_tiles=4, base_only=True
-    )
-    assert plan.num_tiles == 1
+def test_base_views_take_one_tile_each() -> None:
+    plan = plan_base_view(first_tile=2, tokens=4, newline=True)
+    assert plan.num_rows == 1
     np.testing.assert_array_equal(plan.index[:, 0], [9, 10, 11, 12, 0])
+    np.testing.assert_array_equal(plan_base_view(2, 4, newline=False).index[:, 0], [9, 10, 11, 12])

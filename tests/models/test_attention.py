@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sav_jax.models.attention import BACKENDS, QUERY_BLOCK, attention
+from sav_jax.models.attention import BACKENDS, QUERY_BLOCK, attention, segment_attention
 
 
 def arrays(length: int, heads: int, kv_heads: int, batch: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -58,6 +58,32 @@ def test_later_tokens_are_never_seen() -> None:
     plain = attention(q, k, v, causal=True)
     changed = attention(q, k.at[:, 8:].add(3.0), v.at[:, 8:].add(3.0), causal=True)
     np.testing.assert_array_equal(changed[:, :8], plain[:, :8])
+
+
+@pytest.mark.parametrize("sizes", [[5, 1, 7], [300, 20, 280]], ids=["one block", "blocks of queries"])
+def test_segments_see_themselves_only(sizes: list[int]) -> None:
+    q, k, v = arrays(sum(sizes), 4, 2)
+    segments = jnp.asarray(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)[None].repeat(2, 0))
+    ours = segment_attention(q, k, v, segments)
+    starts = np.cumsum([0, *sizes])
+    for start, stop in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        alone = attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], causal=False)
+        np.testing.assert_allclose(ours[:, start:stop], alone, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("length", [27, 28, 30, 47, 64])
+def test_short_segments_need_their_neighbourhood_only(length: int) -> None:
+    """Segments of 1 to 9 tokens in one row, of 9 in the other, and padding."""
+    longest = 9
+    sizes = np.random.default_rng(0).integers(1, longest + 1, length)
+    ids = np.stack([np.repeat(np.arange(length), sizes)[:length], np.arange(length) // longest]).astype(np.int32) + 1
+    ids[:, length - 5 :] = 0
+    q, k, v = arrays(length, 4, 2)
+    whole = segment_attention(q, k, v, jnp.asarray(ids))
+    near = segment_attention(q, k, v, jnp.asarray(ids), longest)
+    assert near.shape == whole.shape
+    np.testing.assert_allclose(near[:, : length - 5], whole[:, : length - 5], rtol=0, atol=5e-6)
+    assert bool(jnp.isfinite(near).all())
 
 
 def test_unknown_backend() -> None:

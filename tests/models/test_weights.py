@@ -243,7 +243,7 @@ def change_config(directory: Path, **fields: Any) -> None:
         (spoil_integer_weights, "image_newline is stored as I8"),
         (spoil_no_config, "no config.json"),
         (spoil_config_json, "config.json: unreadable"),
-        (spoil_model_type, "model_type 'llama' is not known (known: llava_onevision)"),
+        (spoil_model_type, "model_type 'llama' is not known (known: llava, llava_next, llava_onevision"),
         (spoil_aspect, "vision_aspect_ratio 'square'"),
         (spoil_rope, "rope_type 'linear'"),
         (spoil_window, "sliding-window"),
@@ -327,8 +327,8 @@ def test_sizes_of_the_real_checkpoints() -> None:
             "vision_config": vision,
             "text_config": text,
         }
-        module = architecture(config).module
-        shapes = jax.eval_shape(lambda module=module: _init(module, jax.random.key(0)))
+        arch = architecture(config)
+        shapes = jax.eval_shape(lambda arch=arch: _init(arch, jax.random.key(0)))
         counts[name] = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     # Counted from the layer sizes by hand: tower 26 x 15.2 M, projector, and Qwen2-0.5B (tied) / Qwen2-7B (untied).
     tower = 26 * (4 * (1152**2 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152)

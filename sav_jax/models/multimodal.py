@@ -1,0 +1,103 @@
+"""The signature all LMMs share: a :class:`Batch` in, an :class:`Output` out, heads in the ``intermediates`` collection.
+
+Axes: B batch, T tokens, R positions read, P rows of pixels of one prompt, M rows of a prompt's visual table, S taps of
+a visual token, D width of the decoder, V vocabulary.
+
+Which visual token stands where (anyres tiles, unpadding, newline tokens, window orders, reduction of large images) is
+decided on the host; the device only gathers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from sav_jax.models.batch import Batch
+from sav_jax.models.decoder import Decoder, KVCache, read_at
+
+HEADS_PATH = ("language_model", "layers", "self_attn", "head_outputs")
+"""Where the heads ``[L, B, R, N, H]`` stand in the ``intermediates`` collection."""
+
+
+@struct.dataclass
+class Output:
+    """What a forward pass returns besides the sown heads.
+
+    Attributes:
+        hidden: ``[B, T, D]`` after the final norm.
+        logits: float32 ``[B, R, V]`` ("read"), ``[B, T, V]`` ("all") or None ("none").
+        cache: the keys and values with this batch appended, when a cache was given.
+    """
+
+    hidden: jax.Array
+    logits: jax.Array | None = None
+    cache: KVCache | None = None
+
+
+class MultimodalModel(nn.Module):
+    """A vision tower and a :class:`Decoder`; a family defines ``setup`` and ``encode_images``.
+
+    The config has ``text``, a :class:`DecoderConfig`; ``setup`` makes ``self.language_model`` from it.
+    """
+
+    config: Any
+
+    def setup(self) -> None:
+        self.language_model = Decoder(self.config.text)
+
+    def encode_images(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Pixels -> the visual tables ``[B, M, D]`` of the prompts, row 0 being the newline vector.
+
+        Returns:
+            The table, and the deepstack tables ``[J, B, M, D]`` of families that add visual features in J layers.
+        """
+        raise NotImplementedError
+
+    def dummy_vision(self) -> dict[str, Any]:
+        """``pixels`` and ``vision`` of the smallest batch the tower takes: only shapes matter, to create parameters."""
+        raise NotImplementedError
+
+    def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Token embeddings with visual tokens in their places ``[B, T, D]``, and the same of the deepstack."""
+        x = self.language_model.embed(batch.token_ids)
+        if batch.pixels is None or batch.visual_index is None or batch.visual_weight is None:
+            return x, None
+        table, deepstack = self.encode_images(batch)
+        visual = gather_visual(table.astype(x.dtype), batch)
+        x = jnp.where(batch.visual_index[:, :, :1] >= 0, visual, x)
+        if deepstack is None:
+            return x, None
+        return x, jnp.stack([gather_visual(layer.astype(x.dtype), batch) for layer in deepstack])
+
+    def __call__(self, batch: Batch, logits: str = "none", cache: KVCache | None = None) -> Output:
+        """Forward pass.
+
+        Args:
+            batch: prompts of one bucket, or what follows the prompts in ``cache``.
+            logits: "none", "read" (at ``batch.read_positions``) or "all".
+            cache: keys and values of what came before; returned with this batch appended.
+        """
+        x, deepstack = self.embed(batch)
+        hidden, cache = self.language_model(x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack)
+        if logits == "none" and not self.is_initializing():
+            return Output(hidden, cache=cache)
+        at = hidden if logits == "all" else read_at(hidden, batch.read_positions)
+        return Output(hidden, self.language_model.logits(at), cache)
+
+
+def gather_visual(table: jax.Array, batch: Batch) -> jax.Array:
+    """Weighted sums of the rows of each prompt's table ``[B, M, D]`` at its visual tokens, zero at text: ``[B, T,
+    D]``.
+    """
+    assert batch.visual_index is not None
+    assert batch.visual_weight is not None
+    visual = jnp.zeros((*batch.visual_index.shape[:2], table.shape[2]), table.dtype)
+    for tap in range(batch.visual_index.shape[2]):
+        rows = read_at(table, jnp.maximum(batch.visual_index[:, :, tap], 0))
+        # Weights are zero at text positions.
+        visual = visual + rows * batch.visual_weight[:, :, tap, None].astype(table.dtype)
+    return visual

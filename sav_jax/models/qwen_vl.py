@@ -1,0 +1,118 @@
+"""Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL (arXiv 2511.21631): a tower for images of any
+size, a merger of four patches into one visual token, and a Qwen2 or Qwen3 decoder with rotary positions of three axes.
+
+Axes: B batch, P patches of one prompt, C values of a patch, M visual tokens of one prompt, D width of the decoder, J
+deepstack layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sav_jax.models import decoder, qwen_vision
+from sav_jax.models.batch import Batch
+from sav_jax.models.decoder import DecoderConfig
+from sav_jax.models.multimodal import MultimodalModel
+from sav_jax.models.qwen_vision import QwenVision, QwenVisionConfig
+from sav_jax.models.weights import Table, layers_from
+
+
+@dataclass(frozen=True)
+class QwenVLConfig:
+    """Everything a ``config.json`` of the family says that changes the numbers."""
+
+    vision: QwenVisionConfig
+    text: DecoderConfig
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> QwenVLConfig:
+        """From a ``config.json`` whose defaults have been filled in (``models/registry.py`` does that).
+
+        Raises:
+            UserError: an option that would change the numbers and is not implemented.
+        """
+        interleaved = config["model_type"] == "qwen3_vl"
+        # How wavelengths are shared out is the release's, whether or not its config says so.
+        rope = {
+            "mrope_section": [24, 20, 20] if interleaved else [16, 24, 24],
+            **config["text_config"]["rope_parameters"],
+            "mrope_interleaved": interleaved,
+        }
+        text = {
+            **config["text_config"],
+            "rope_parameters": rope,
+            "tie_word_embeddings": config["tie_word_embeddings"],
+        }
+        return cls(
+            vision=QwenVisionConfig.from_hf(config["vision_config"]),
+            text=DecoderConfig.from_hf(text),
+            image_token_id=config["image_token_id"],
+            video_token_id=config["video_token_id"],
+            vision_start_token_id=config["vision_start_token_id"],
+            vision_end_token_id=config["vision_end_token_id"],
+        )
+
+
+class QwenVL(MultimodalModel):
+    """A :class:`QwenVision` tower and a decoder; visual tables hold a zero row and the visual tokens of all images."""
+
+    config: QwenVLConfig
+
+    def setup(self) -> None:
+        super().setup()
+        self.visual = QwenVision(self.config.vision)
+
+    def dummy_vision(self) -> dict[str, Any]:
+        c = self.config.vision
+        patches = c.merge_size**2
+        index = jnp.zeros((1, patches), jnp.int32)
+        return {
+            "pixels": jnp.zeros((1, patches, c.patch_values), jnp.float32),
+            "vision": {
+                "segments": index,
+                "places": jnp.zeros((1, patches, 2), jnp.int32),
+                "order": index,
+                "windows": index,
+                "taps": jnp.zeros((1, patches, 4), jnp.int32),
+                "tap_weights": jnp.zeros((1, patches, 4), jnp.float32),
+            },
+        }
+
+    def encode_images(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+        """Patches ``[B, P, C]`` -> tables ``[B, 1 + M, D]`` and ``[J, B, 1 + M, D]``."""
+        assert batch.vision is not None
+        patches = jnp.asarray(batch.pixels, self.language_model.embedding.dtype)
+        tokens, deepstack = self.visual(patches, batch.vision)
+        # There is no newline vector; its row is zero.
+        tokens = jnp.pad(tokens, ((0, 0), (1, 0), (0, 0)))
+        return tokens, None if deepstack is None else jnp.pad(deepstack, ((0, 0), (0, 0), (1, 0), (0, 0)))
+
+
+def checkpoint_table(config: QwenVLConfig) -> Table:
+    """The Hugging Face layout, as the hub's ``Qwen/*-VL-*-Instruct`` checkpoints store it; other key names are renamed
+    to it.
+    """
+    c = config
+    deepstack = c.vision.position_side is not None
+    # Qwen3-VL was released with the names transformers has in memory, the others with those of a bare decoder.
+    visual, text = ("model.visual", "model.language_model") if deepstack else ("visual", "model")
+    renames = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+    return Table(
+        entries=(
+            *qwen_vision.checkpoint_entries(c.vision, visual, "visual"),
+            *decoder.checkpoint_entries(c.text, text, "lm_head", "language_model"),
+        ),
+        renames=() if deepstack else renames,
+        # Layers behind the last one wanted.
+        ignored=(layers_from(re.escape(text) + r"\.layers", c.text.num_layers),),
+    )

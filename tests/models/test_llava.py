@@ -1,0 +1,322 @@
+"""What is asked of LLaVA-1.5 and LLaVA-NeXT alone: options, key layouts, LLaVA's own releases, sizes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from checkpoints import Reference, picture
+from checkpoints_llava import PINPOINTS, PIXELS, TILE, VISION
+from families import case_example, run_together
+from safetensors.numpy import load_file, save_file
+
+import sav_jax
+from sav_jax.lmm import _init
+from sav_jax.models.registry import architecture, read_config
+from sav_jax.models.weights import save_checkpoint
+
+PARITY = 1e-4  # as in test_families.py
+
+
+@pytest.fixture(scope="module")
+def llava(make_reference: Callable[..., Reference]) -> Reference:
+    return make_reference("llava")
+
+
+@pytest.fixture(scope="module")
+def ours(llava: Reference) -> sav_jax.LMM:
+    return sav_jax.load(llava.directory)
+
+
+def assert_parity(reference: Reference) -> None:
+    lmm = sav_jax.load(reference.directory)
+    example = case_example("two")
+    heads, logits = reference.run(reference.inputs(lmm.processor.text(example.question, 2), example.load_images()))
+    mine = run_together(lmm, [example])
+    np.testing.assert_allclose(mine[0][0], heads, rtol=0, atol=PARITY)
+    np.testing.assert_allclose(mine[1][0], logits, rtol=0, atol=PARITY)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"vision_feature_layer": -1}, id="feature layer -1"),
+        pytest.param({"vision_feature_select_strategy": "full"}, id="with the class token"),
+        pytest.param(
+            {
+                "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False},
+                "vision_feature_select_strategy": "full",
+                "multimodal_projector_bias": False,
+            },
+            id="SigLIP",
+        ),
+        pytest.param({"text_config": {"model_type": "qwen2"}}, id="Qwen2"),
+    ],
+)
+def test_config_options(make_reference: Callable[..., Reference], options: dict[str, Any]) -> None:
+    assert_parity(make_reference("llava", **options))
+
+
+def test_feature_layer_of_anyres(make_reference: Callable[..., Reference]) -> None:
+    assert_parity(make_reference("llava_next", vision_feature_layer=1))
+
+
+def test_class_tokens_make_no_grid(make_reference: Callable[..., Reference]) -> None:
+    with pytest.raises(sav_jax.UserError, match="which makes no grid"):
+        sav_jax.load(make_reference("llava_next", vision_feature_select_strategy="full").directory)
+
+
+def test_padding_to_a_square(llava: Reference, tmp_path: Path) -> None:
+    """Checkpoints may name LLaVA's own image processor, which pads instead of cropping."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    directory = Path(shutil.copytree(llava.directory, tmp_path / "model"))
+    size = {"size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE}}
+    padding = LlavaImageProcessorPil(**size, **PIXELS, do_pad=True)
+    padding.save_pretrained(directory)
+    images = [picture(30, 90, 1), picture(70, 20, 2)]
+    pixels = sav_jax.load(directory).processor.pixels(images)
+    np.testing.assert_array_equal(pixels, np.stack(padding(images).pixel_values).transpose(0, 2, 3, 1))
+    assert np.abs(pixels - sav_jax.load(llava.directory).processor.pixels(images)).max() > 0.1
+
+
+def test_tokenizer_without_an_image_token(llava: Reference, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(llava.directory, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "image_token_index": 999}))
+    with pytest.raises(sav_jax.UserError, match="no image token \\(no token 999"):
+        sav_jax.load(directory)
+
+
+def in_memory(key: str) -> str:
+    """The names transformers has had in memory since version 4.52."""
+    if key.startswith("language_model.lm_head"):
+        return key.removeprefix("language_model.")
+    if key.startswith("language_model.model."):
+        return "model.language_model." + key.removeprefix("language_model.model.")
+    return "model." + key
+
+
+def on_the_hub(key: str) -> str:
+    """The names of the hub's llava-hf files."""
+    return key if "vision_model." in key else key.replace("vision_tower.", "vision_tower.vision_model.")
+
+
+def released(key: str) -> str:
+    """The names of LLaVA's own releases."""
+    for theirs, its in (
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+        ("vision_tower.", "model.vision_tower.vision_tower.vision_model."),
+        ("image_newline", "model.image_newline"),
+    ):
+        if key.startswith(theirs):
+            return its + key.removeprefix(theirs)
+    raise AssertionError(key)
+
+
+def write(directory: Path, tensors: dict[str, np.ndarray], file: str = "model.safetensors") -> None:
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+
+
+def assert_same_params(one: sav_jax.LMM, other: sav_jax.LMM) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+
+
+@pytest.mark.parametrize("rename", [in_memory, on_the_hub, released])
+def test_key_layouts(llava: Reference, ours: sav_jax.LMM, tmp_path: Path, rename: Callable[[str], str]) -> None:
+    directory = Path(shutil.copytree(llava.directory, tmp_path / "model"))
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {rename(key): value for key, value in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    # Buffers of older files.
+    renamed[rename("vision_tower.embeddings.position_ids")] = np.arange(50)[None]
+    for layer in range(4):
+        renamed[rename(f"language_model.model.layers.{layer}.self_attn.rotary_emb.inv_freq")] = np.ones(2, np.float32)
+    write(directory, renamed)
+    assert_same_params(sav_jax.load(directory), ours)
+
+
+def release(llava: Reference, directory: Path, **fields: Any) -> dict[str, np.ndarray]:
+    """Rewrite a checkpoint into the layout of LLaVA's releases; returns its tensors, the vision tower apart."""
+    shutil.copytree(llava.directory, directory)
+    config = json.loads((directory / "config.json").read_text())
+    tower = directory / "clip"
+    tower.mkdir()
+    (tower / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": VISION}))
+    text = {key: value for key, value in config["text_config"].items() if key != "rope_parameters"}
+    theirs = {
+        "model_type": "llava_llama",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "mm_vision_tower": "clip",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "image_aspect_ratio": "pad",
+        "tune_mm_mlp_adapter": False,
+    }
+    text |= {"vocab_size": config["image_token_index"]}
+    (directory / "config.json").write_text(json.dumps({**text, **theirs, **fields}))
+    tensors = {released(key): value for key, value in load_file(directory / "model.safetensors").items()}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[key] = tensors[key][: config["image_token_index"]]
+    write(directory, {key: value for key, value in tensors.items() if "vision_tower" not in key})
+    return {key.removeprefix("model.vision_tower."): tensors[key] for key in tensors if "vision_tower" in key}
+
+
+def test_a_release_without_its_vision_tower(llava: Reference, ours: sav_jax.LMM, tmp_path: Path) -> None:
+    """LLaVA-1.5 as released: flat config, no token for an image, the tower in a repository of its own."""
+    directory = tmp_path / "release"
+    tower = release(llava, directory)
+    with pytest.raises(sav_jax.UserError, match=r"the vision tower.s weights are missing.*mm_vision_tower"):
+        sav_jax.load(directory)
+    # OpenAI's CLIP has a text tower too.
+    whole = {key.removeprefix("vision_tower."): value for key, value in tower.items()}
+    rest = {"text_model.final_layer_norm.weight": np.ones(8, np.float32), "logit_scale": np.ones((), np.float32)}
+    write(directory, {**whole, **rest}, "vision_tower.safetensors")
+    lmm = sav_jax.load(directory)
+    assert lmm.architecture.model_type == "llava"
+    assert lmm.config.text.vocab_size == lmm.config.image_token_id
+    examples = [case_example(name) for name in ("odd", "two, marked", "text only")]
+    heads, logits = run_together(lmm, examples)
+    expected = run_together(ours, examples)
+    np.testing.assert_array_equal(heads, expected[0])
+    np.testing.assert_array_equal(logits, expected[1][:, : lmm.config.text.vocab_size])
+
+    # What is saved is a Hugging Face checkpoint, whole.
+    save_checkpoint(directory, lmm.hf_config, lmm.params)
+    assert not (directory / "vision_tower.safetensors").exists()
+    assert read_config(directory) == lmm.hf_config
+    assert_same_params(sav_jax.load(directory), lmm)
+    model, info = type(llava.model).from_pretrained(directory, output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert model.config.text_config.vocab_size == lmm.config.text.vocab_size
+
+
+def test_a_release_with_its_vision_tower_and_tiles(make_reference: Callable[..., Reference], tmp_path: Path) -> None:
+    """LLaVA-1.6 as released."""
+    reference = make_reference("llava_next")
+    directory = tmp_path / "release"
+    fields = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+    tower = release(reference, directory, **fields, image_grid_pinpoints=[p[::-1] for p in PINPOINTS])
+    tower = {f"model.vision_tower.{key}": value for key, value in tower.items()}
+    write(directory, load_file(directory / "model.safetensors") | tower)
+    examples = [case_example("two")]
+    ours, theirs = (run_together(sav_jax.load(path), examples)[0] for path in (directory, reference.directory))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"mm_projector_type": "mlp3x_gelu"},
+            "mm_projector_type 'mlp3x_gelu' is not supported \\(known: mlp2x_gelu\\)",
+        ),
+        ({"mm_projector_type": None}, "mm_projector_type None"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end True"),
+        ({"mm_vision_tower": "google/vit"}, "mm_vision_tower 'google/vit' is neither a folder"),
+        ({"model_type": "llava_mpt"}, "model_type 'llava_mpt' is not supported"),
+        ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type None"),
+    ],
+    ids=str,
+)
+def test_releases_that_are_not_supported(
+    llava: Reference, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    release(llava, tmp_path / "release", **fields)
+    with pytest.raises(sav_jax.UserError, match=message):
+        sav_jax.load(tmp_path / "release")
+
+
+def test_a_release_names_its_tower(tmp_path: Path) -> None:
+    """The sizes of the towers LLaVA used are known; the rest of liuhaotian/llava-v1.5-7b's config as it is."""
+    text = {"model_type": "llava", "hidden_size": 4096, "vocab_size": 32000, "rms_norm_eps": 1e-5}
+    mm = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
+    (tmp_path / "config.json").write_text(json.dumps({**text, **mm, "mm_vision_select_layer": -2}))
+    count = parameters(read_config(tmp_path))
+    assert count == parameters(REAL["llava-1.5-7b-hf"][0]) - 2 * 64 * 4096, "without the padding of the vocabulary"
+
+
+# The hub's configs, which leave most fields to defaults, and the billions of parameters they are published with.
+CLIP_336 = {
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "model_type": "clip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
+VICUNA_7B = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+VICUNA_13B = {
+    **VICUNA_7B,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 40,
+}
+MISTRAL_7B = {
+    "model_type": "mistral",
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "vocab_size": 32064,
+}
+REAL: dict[str, tuple[dict[str, Any], float]] = {
+    "llava-1.5-7b-hf": ({"model_type": "llava", "text_config": VICUNA_7B}, 7.063),
+    "llava-1.5-13b-hf": ({"model_type": "llava", "text_config": VICUNA_13B}, 13.351),
+    "llava-v1.6-mistral-7b-hf": ({"model_type": "llava_next", "text_config": MISTRAL_7B}, 7.567),
+    "llava-v1.6-vicuna-7b-hf": ({"model_type": "llava_next", "text_config": VICUNA_7B}, 7.063),
+    "llava-v1.6-vicuna-13b-hf": ({"model_type": "llava_next", "text_config": VICUNA_13B}, 13.351),
+}
+for _config, _ in REAL.values():
+    _config |= {"vision_config": CLIP_336, "image_token_index": 32000}
+
+
+def parameters(config: dict[str, Any]) -> int:
+    arch = architecture(config)
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: _init(arch, jax.random.key(0)))))
+
+
+def counted(config: dict[str, Any]) -> int:
+    """Parameters of a real checkpoint, from its layer sizes."""
+    text = config["text_config"]
+    d, f, layers = (text.get(k, v) for k, v in (("hidden_size", 4096), ("intermediate_size", 11008), ("layers", 32)))
+    layers = text.get("num_hidden_layers", layers)
+    kv = d * text.get("num_key_value_heads", 32) // text.get("num_attention_heads", 32)
+    decoder = layers * (2 * d * d + 2 * d * kv + 3 * d * f + 2 * d) + d + 2 * 32064 * d
+    # The class token and its place, the norms before and behind, no bias of the patches.
+    v = 1024
+    tower = 24 * (4 * (v * v + v) + 2 * v * 4096 + 4096 + v + 4 * v) + 588 * v + 576 * v + 2 * v + 4 * v
+    projector = v * d + d + d * d + d
+    return decoder + tower + projector + (d if config["model_type"] == "llava_next" else 0)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_sizes_of_the_real_checkpoints(name: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    config, published = REAL[name]
+    with torch.device("meta"):
+        fields = {key: value for key, value in config.items() if key != "model_type"}
+        theirs = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[config["model_type"]](**fields))
+    count = parameters(config)
+    assert count == counted(config) == sum(parameter.numel() for parameter in theirs.parameters())
+    assert round(count / 1e9, 3) == published
