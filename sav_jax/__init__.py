@@ -11,39 +11,49 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sav_jax.classifier import SparseAttentionVectors, load_classifier
+    from sav_jax.dual_encoder import DualEncoder, load_dual_encoder
     from sav_jax.errors import UserError
     from sav_jax.examples import Example, read_examples
-    from sav_jax.extract import extract_heads, next_token_logits, score_options
+    from sav_jax.extract import extract_heads, next_token_logits
+    from sav_jax.generation import Generation, generate, score_options
     from sav_jax.headstore import HeadStore
     from sav_jax.lmm import LMM, load
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "DualEncoder": "dual_encoder",
     "Example": "examples",
+    "Generation": "generation",
     "HeadStore": "headstore",
     "LMM": "lmm",
     "SparseAttentionVectors": "classifier",
     "UserError": "errors",
     "extract_heads": "extract",
+    "generate": "generation",
     "load": "lmm",
     "load_classifier": "classifier",
+    "load_dual_encoder": "dual_encoder",
     "next_token_logits": "extract",
     "read_examples": "examples",
-    "score_options": "extract",
+    "score_options": "generation",
 }
 _ROOMS = ("eval", "models", "train", "world")
 
 __all__ = [
     "LMM",
+    "DualEncoder",
     "Example",
+    "Generation",
     "HeadStore",
     "SparseAttentionVectors",
     "UserError",
     "__version__",
     "extract_heads",
+    "generate",
     "load",
     "load_classifier",
+    "load_dual_encoder",
     "next_token_logits",
     "read_examples",
     "score_options",

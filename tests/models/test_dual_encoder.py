@@ -1,0 +1,192 @@
+"""CLIP and SigLIP against transformers' PyTorch models, in float32, on the same safetensors file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from checkpoints_dual import BUILDERS, LENGTH, TEXTS, DualReference, build_siglip, images
+from safetensors.numpy import load_file, save_file
+
+import sav_jax
+from sav_jax.dual_encoder import dual_encoder_config, init_params
+from sav_jax.models.dual_encoder import TwoTowers, checkpoint_table
+from sav_jax.models.weights import CheckpointError, read_headers, save_checkpoint
+
+# Embeddings are unit vectors; the promised bounds. Logits are twenty times as large.
+EMBEDDING, LOGIT = 1e-5, 1e-4
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def dual(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DualReference:
+    return BUILDERS[request.param](tmp_path_factory.mktemp("dual"))
+
+
+@pytest.fixture(scope="module")
+def encoder(dual: DualReference) -> sav_jax.DualEncoder:
+    return sav_jax.load_dual_encoder(dual.directory)
+
+
+def test_embeddings_and_logits(dual: DualReference, encoder: sav_jax.DualEncoder) -> None:
+    image_embeddings, text_embeddings, logits = dual.run(images(), TEXTS)
+    ours = encoder.embed_images(images(), batch_size=4), encoder.embed_texts(TEXTS, batch_size=2)
+    for mine, theirs in zip(ours, (image_embeddings, text_embeddings), strict=True):
+        assert mine.dtype == np.float32
+        assert np.linalg.norm(theirs[0] - theirs[1]) > 0.1, "equal embeddings would hide an error"
+        np.testing.assert_allclose(np.linalg.norm(mine, axis=1), 1, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=EMBEDDING)
+    np.testing.assert_allclose(encoder.logits(*ours), logits, rtol=0, atol=LOGIT)
+    assert encoder.logit_scale == pytest.approx(dual.model.logit_scale.exp().item())
+    assert encoder.logit_bias == (dual.model.logit_bias.item() if encoder.config.sigmoid else 0)
+
+
+def test_batches_do_not_matter(encoder: sav_jax.DualEncoder) -> None:
+    mixed = encoder.embed_images(images())
+    for row, image in zip(mixed, images(), strict=True):
+        np.testing.assert_allclose(encoder.embed_images([image])[0], row, rtol=0, atol=EMBEDDING)
+    assert encoder.embed_images([]).shape == encoder.embed_texts([]).shape == (0, encoder.config.embedding_size)
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "model": 2}], ids=str)
+def test_any_mesh_gives_the_same_embeddings(
+    dual: DualReference, encoder: sav_jax.DualEncoder, axes: dict[str, int]
+) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(tuple(axes.values())), tuple(axes))
+    sharded = sav_jax.load_dual_encoder(dual.directory, mesh=mesh)
+    ours, theirs = (e.embed_images(images()[:3], batch_size=2) for e in (sharded, encoder))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=EMBEDDING)
+    ours, theirs = (e.embed_texts(TEXTS) for e in (sharded, encoder))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=EMBEDDING)
+
+
+def test_round_trip_is_exact_and_transformers_reads_it(
+    dual: DualReference, encoder: sav_jax.DualEncoder, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(dual.directory, tmp_path / "saved"))
+    save_checkpoint(directory, encoder.hf_config, encoder.params, table=checkpoint_table(encoder.config))
+    again = sav_jax.load_dual_encoder(directory)
+    jax.tree.map(np.testing.assert_array_equal, again.params, encoder.params)
+    stored, original = ({tensor.key: tensor.read() for tensor in read_headers(d)} for d in (directory, dual.directory))
+    assert stored.keys() == original.keys()
+    for key, value in original.items():
+        assert stored[key].shape == value.shape, key
+        np.testing.assert_array_equal(stored[key], value)
+    model, info = type(dual.model).from_pretrained(directory, output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    theirs = dual.model.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items())
+
+
+def test_keys_of_older_files(dual: DualReference, encoder: sav_jax.DualEncoder, tmp_path: Path) -> None:
+    """Integer buffers that transformers once stored; anything else that is not known is an error."""
+    directory = Path(shutil.copytree(dual.directory, tmp_path / "old"))
+    tensors = load_file(directory / "model.safetensors")
+    tensors["text_model.embeddings.position_ids"] = np.arange(LENGTH)[None]
+    tensors["vision_model.embeddings.position_ids"] = np.arange(50)[None]
+    save_file(tensors, directory / "model.safetensors")
+    again = sav_jax.load_dual_encoder(directory)
+    jax.tree.map(np.testing.assert_array_equal, again.params, encoder.params)
+    assert again.fingerprint != encoder.fingerprint
+    scale = tensors.pop("logit_scale")
+    save_file({**tensors, "logit_scala": scale}, directory / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        sav_jax.load_dual_encoder(directory)
+    assert (caught.value.missing, caught.value.unknown) == (["logit_scale"], ["logit_scala"])
+
+
+def test_bfloat16_stays_close(dual: DualReference, encoder: sav_jax.DualEncoder) -> None:
+    half = sav_jax.load_dual_encoder(dual.directory, dtype="bfloat16")
+    for ours, theirs in (
+        (half.embed_images(images()), encoder.embed_images(images())),
+        (half.embed_texts(TEXTS), encoder.embed_texts(TEXTS)),
+    ):
+        assert ours.dtype == np.float32
+        # As for LMMs: some thirty operations at 2^-8 each, with a margin of ten.
+        assert np.median(1 - (ours * theirs).sum(1)) < 2e-3
+
+
+def test_errors(dual: DualReference, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(dual.directory, tmp_path / "model"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
+    with pytest.raises(sav_jax.UserError, match=r"not a known dual encoder \(known: clip, siglip\)"):
+        sav_jax.load_dual_encoder(directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "preprocessor_config.json").unlink()
+    with pytest.raises(sav_jax.UserError, match="cannot load its image processor"):
+        sav_jax.load_dual_encoder(directory)
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(sav_jax.UserError, match="cannot load its tokenizer"):
+        sav_jax.load_dual_encoder(directory)
+    with pytest.raises(sav_jax.UserError, match=r"model_type 'clip|siglip' is not known"):
+        sav_jax.load(dual.directory)
+
+
+def test_siglip_tokenizer_without_sentencepiece(tmp_path: Path) -> None:
+    """The hub's SigLIP names a tokenizer class that needs sentencepiece; the same vocabulary lies beside it."""
+    dual = build_siglip(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "SiglipTokenizer"}))
+    ours = sav_jax.load_dual_encoder(tmp_path).embed_texts(TEXTS)
+    np.testing.assert_allclose(ours, dual.run(images()[:1], TEXTS)[1], rtol=0, atol=EMBEDDING)
+
+
+# The configs of the hub, which leave most fields to defaults, and the millions of parameters they are published with.
+TEXT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
+VISION_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+}
+CLIP_L = {"model_type": "clip", "projection_dim": 768, "text_config": TEXT_L}
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
+SIGLIP = {"model_type": "siglip", "vision_config": {**SO400M, "image_size": 384, "patch_size": 14}}
+REAL: dict[str, tuple[dict[str, Any], float]] = {
+    "clip-vit-base-patch16": ({"model_type": "clip", "vision_config": {"patch_size": 16}}, 149.6),
+    "clip-vit-large-patch14": ({**CLIP_L, "vision_config": VISION_L}, 427.6),
+    "clip-vit-large-patch14-336": ({**CLIP_L, "vision_config": {**VISION_L, "image_size": 336}}, 427.9),
+    "siglip-so400m-patch14-384": ({**SIGLIP, "text_config": SO400M}, 878.0),
+    # Its text tower has the Gemma vocabulary.
+    "siglip2-so400m-patch14-384": ({**SIGLIP, "text_config": {**SO400M, "vocab_size": 256_000}}, 1136.0),
+}
+
+
+def layer_size(d: int, f: int) -> int:
+    """Parameters of one encoder layer."""
+    return 4 * (d * d + d) + d * f + f + f * d + d + 4 * d
+
+
+def counted(config: Any) -> int:
+    """Parameters of a dual encoder, from its sizes."""
+    v, t = config.vision, config.text
+    d, p = v.hidden_size, v.image_size // v.patch_size
+    total = 3 * v.patch_size**2 * d + p * p * d + 2 * d + v.num_layers * layer_size(d, v.intermediate_size)
+    total += t.vocab_size * t.hidden_size + t.max_length * t.hidden_size + 2 * t.hidden_size
+    total += t.num_layers * layer_size(t.hidden_size, t.intermediate_size) + t.hidden_size * config.embedding_size
+    if config.sigmoid:  # bias of the patches, of the text head, the pooling head, scale and bias of logits
+        pooling = d + 4 * (d * d + d) + 2 * d + 2 * d * v.intermediate_size + v.intermediate_size + d
+        return total + d + config.embedding_size + pooling + 2
+    return total + d + d + 2 * d + d * config.embedding_size + 1  # class token and its place, norm, projection, scale
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_sizes_of_the_real_checkpoints(name: str) -> None:
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    raw, published = REAL[name]
+    config = dual_encoder_config(raw)
+    shapes = jax.eval_shape(lambda: init_params(TwoTowers(config), jax.random.key(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    with torch.device("meta"):
+        theirs = AutoModel.from_config(CONFIG_MAPPING[raw["model_type"]](**raw))
+    assert count == counted(config) == sum(parameter.numel() for parameter in theirs.parameters())
+    assert round(count / 1e6, 1) == published
