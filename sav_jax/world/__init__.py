@@ -1,0 +1,1 @@
+"""The world that the bundled model learns from: drawn scenes, exact questions about them, a tokenizer."""
