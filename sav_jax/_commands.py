@@ -18,7 +18,7 @@ from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classi
 from sav_jax.errors import UserError
 from sav_jax.examples import Example, read_examples
 from sav_jax.extract import extract_heads
-from sav_jax.headstore import default_cache_dir, write_head_array
+from sav_jax.headstore import check_head_array_path, default_cache_dir, write_head_array
 from sav_jax.lmm import LMM, load
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def run(options: cli.Fit | cli.Predict | cli.Extract | cli.Eval) -> None:
 
 
 def _fit(options: cli.Fit) -> None:
-    check_output_folder(options.output)
+    check_output_folder(options.output, "classifier.json")
     examples = read_examples(options.train, options.question, require_labels=True)
     labels = [str(example.label) for example in examples]
     if len(set(labels)) < 2:
@@ -71,7 +71,9 @@ def _fit(options: cli.Fit) -> None:
 
 def _predict(options: cli.Predict) -> None:
     if options.output != "-":
-        check_output_file(options.output)
+        output = check_output_file(options.output).resolve()
+        if options.data.resolve() in (output, *output.parents):
+            raise UserError(f"{options.output}: is, or lies in, the data to be classified; choose another output")
     classifier = load_classifier(options.classifier)
     made_with = classifier.metadata.get("model")
     if not isinstance(made_with, dict) or not {"name", "fingerprint", "dtype"} <= made_with.keys():
@@ -82,7 +84,8 @@ def _predict(options: cli.Predict) -> None:
     try:
         lmm = _load(name, dtype, classifier.num_layers)  # layers above the deepest selected head are not even loaded
     except UserError as error:
-        raise UserError(f"{error}; {wanted}") from None
+        hint = "" if options.model else "; say where that model is with --model"
+        raise UserError(f"{name}: {error}; {wanted}{hint}") from None
     if lmm.fingerprint != made_with["fingerprint"]:
         raise UserError(f"{wanted}, not with {lmm.name} (fingerprint {lmm.fingerprint[:12]})")
     heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
@@ -107,8 +110,7 @@ def _predict(options: cli.Predict) -> None:
 
 
 def _extract(options: cli.Extract) -> None:
-    if "://" not in options.output:
-        check_output_folder(options.output)
+    check_head_array_path(options.output)
     examples = read_examples(options.data, options.question)
     lmm = _load(options.model, options.running.dtype, options.num_layers)
     heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))

@@ -12,15 +12,22 @@ from pathlib import Path
 from sav_jax.errors import UserError
 
 
-def check_output_folder(path: str | os.PathLike[str]) -> Path:
+def check_output_folder(path: str | os.PathLike[str], marker: str | None = None) -> Path:
     """Refuse, before any work is done, a folder that cannot be written later.
 
+    Args:
+      path: the folder.
+      marker: a file that an earlier output of this kind holds; a folder that is not empty must have it.
+
     Raises:
-      UserError: if the path is a file, or lies below a file or in a folder without write permission.
+      UserError: if the path is a file, lies below a file or in a folder without write permission, or holds other
+        things.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; the output is a folder")
+    if marker is not None and folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
+        raise UserError(f"{folder}: holds other things (no {marker}); choose another folder for the output")
     _check_writable(folder, folder)
     return folder
 

@@ -77,6 +77,9 @@ class Example:
     source: str = ""
 
     def __post_init__(self) -> None:
+        # Whoever writes a path as a string means a path.
+        images = tuple(Path(image) if isinstance(image, str) else image for image in self.images)
+        object.__setattr__(self, "images", images)
         if not self.question.strip():
             raise UserError(f'{self.source or "example"}: field "question" is empty')
         marks = self.question.count(IMAGE_MARK)

@@ -359,3 +359,28 @@ def test_help_is_quick() -> None:
         subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
         times.append(time.perf_counter() - start)
     assert min(times) < 1.5
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_outputs_never_take_the_place_of_the_users_data(
+    reference: Reference, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "photographs"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        picture(30, 30).save(folder / name / "0.png")
+    before = sorted(folder.rglob("*"))
+    model = str(reference.directory)
+    fit = ["fit", "--model", model, "--train", str(folder), "--question", "What?", "--num-heads", "2"]
+    assert main([*fit, "--output", str(folder)]) == 2
+    assert "holds other things" in capsys.readouterr().err
+    clf = str(tmp_path / "clf")
+    assert main([*fit, "--output", clf]) == 0
+    assert main([*fit, "--output", clf]) == 0, "an earlier classifier is replaced"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What?", "image": "photographs/a/0.png"}\n')
+    for data, output in ((rows, rows), (folder, folder / "a" / "0.png"), (folder, folder / "new.jsonl")):
+        assert main(["predict", "--classifier", clf, "--data", str(data), "--output", str(output)]) == 2
+        assert "choose another output" in capsys.readouterr().err
+    assert rows.read_text().startswith('{"question"')
+    assert sorted(folder.rglob("*")) == before

@@ -14,7 +14,8 @@ import PIL.Image
 from sav_jax.classifier import SparseAttentionVectors
 from sav_jax.errors import UserError
 from sav_jax.eval.tasks import Split
-from sav_jax.extract import extract_heads, score_options
+from sav_jax.extract import extract_heads
+from sav_jax.generation import score_options
 from sav_jax.lmm import LMM
 
 _LARGEST_RAW = 64  # pixels: pictures up to this size are compared as they are

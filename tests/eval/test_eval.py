@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from checkpoints import Reference, picture
 
-from sav_jax import LMM, Example, SparseAttentionVectors, UserError, extract
+from sav_jax import LMM, Example, SparseAttentionVectors, UserError, extract, generation
 from sav_jax.cli import main
 from sav_jax.eval.methods import METHODS, Features, Outcome, Settings
 from sav_jax.eval.plots import head_map
@@ -276,20 +276,21 @@ def test_eval_command(
     reference: Reference, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[tuple[str, int]] = []
-    original = extract._run
+    original = extract.run_batches
 
-    def spy(model: LMM, step: Any, plans: Any, *rest: Any) -> Any:
-        passes.append((rest[-1], sum(len(plan.rows) for plan in plans)))
-        return original(model, step, plans, *rest)
+    def spy(model: LMM, step: Any, plans: Any, *rest: Any, **options: Any) -> Any:
+        passes.append((options["what"], sum(len(plan.rows) for plan in plans)))
+        return original(model, step, plans, *rest, **options)
 
-    monkeypatch.setattr(extract, "_run", spy)
+    for module in (extract, generation):
+        monkeypatch.setattr(module, "run_batches", spy)
     command = [
         *("eval", "--model", str(reference.directory), "--tasks", "digits", "--shots", "2", "--num-heads", "5"),
         *("--limit", "30", "--output-path", "results", "--seed", "1"),
     ]
     assert main(command) == 0
     # One pass for the heads of the model, one for the control's; answering takes one over the queries.
-    assert passes == [("logits", 30), ("heads", 50), ("heads", 50)]
+    assert passes == [("options", 30), ("heads", 50), ("heads", 50)]
     printed = capsys.readouterr().out
     assert [line.split("|")[2].strip() for line in printed.splitlines()[2:7]] == list(METHODS)
     assert "digits, sav: layer.head (of 20 examples right), best first: " in printed
