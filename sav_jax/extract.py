@@ -62,7 +62,7 @@ def extract_heads(
         UserError: an image cannot be read, or features are not finite; names the row.
     """
     prompts = plan_prompts(lmm, examples)
-    keys = [_content_key(lmm, prompt, example) for prompt, example in zip(prompts, examples, strict=True)]
+    keys = [content_key(lmm, prompt, example) for prompt, example in zip(prompts, examples, strict=True)]
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     rows = sorted(first.values())
     store = HeadStore.open(cache) if isinstance(cache, (str, Path)) else cache
@@ -72,12 +72,12 @@ def extract_heads(
     plans = plan_batches([prompts[row] for row in rows], batch_size, data_size(lmm.mesh))
     plans = [plan for plan in plans if absent.intersection(plan.rows)]
     heads = np.zeros((len(rows), *lmm.heads_shape), np.float32)
-    step = _heads_step(lmm.module, lmm.architecture.heads_path)
+    step = heads_step(lmm.module, lmm.architecture.heads_path)
     unique = [examples[row] for row in rows]
     for plan, values in run_batches(
         lmm, step, plans, [prompts[row] for row in rows], unique, progress=progress, what="heads"
     ):
-        _check_finite(values, [unique[i] for i in plan.rows])
+        check_finite(values, [unique[i] for i in plan.rows])
         new = [i for i, row in enumerate(plan.rows) if row in absent]
         index = [plan.rows[i] for i in new]
         heads[index] = values[new]
@@ -129,7 +129,7 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
     return prompts
 
 
-def _content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
+def content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
     """sha256 of everything the features depend on: weights and processor, depth, dtype, tokens, images."""
     facts = [_FEATURE_VERSION, lmm.fingerprint, str(lmm.num_layers), str(lmm.dtype), *example.image_digests()]
     digest = hashlib.sha256("\n".join(facts).encode())
@@ -138,7 +138,9 @@ def _content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def _heads_step(module: MultimodalModel, path: tuple[str, ...]) -> Callable[[Any, Batch], jax.Array]:
+def heads_step(module: MultimodalModel, path: tuple[str, ...]) -> Callable[[Any, Batch], jax.Array]:
+    """``(params, batch) -> heads [B, L, N, H]`` at the first position read."""
+
     @jax.jit
     def step(params: Any, batch: Batch) -> jax.Array:
         state: Any = module.apply({"params": params}, batch, mutable=["intermediates"])[1]
@@ -211,7 +213,12 @@ def run_batches(
         pool.shutdown(cancel_futures=True)
 
 
-def _check_finite(heads: np.ndarray, examples: Sequence[Example]) -> None:
+def check_finite(heads: np.ndarray, examples: Sequence[Example]) -> None:
+    """Refuse heads ``[E, L, N, H]`` that hold NaN or infinity.
+
+    Raises:
+        UserError: naming the example, layer and head.
+    """
     bad = ~np.isfinite(heads).all(-1)
     if bad.any():
         row, layer, head = np.argwhere(bad)[0]

@@ -9,6 +9,7 @@ Axes: E examples, B batch, T tokens, V vocabulary, C options.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,15 +62,32 @@ class Prefix:
 
 def prefill(module: MultimodalModel, params: Any, batch: Batch, room: int) -> Prefix:
     """Read prompts into a cache that has room for ``room`` further tokens each."""
+    return prefill_with_heads(module, params, batch, room, ())[0]
+
+
+def prefill_with_heads(
+    module: MultimodalModel, params: Any, batch: Batch, room: int, heads_path: tuple[str, ...]
+) -> tuple[Prefix, Any]:
+    """As :func:`prefill`, and the head outputs at the positions read, from the same pass.
+
+    Args:
+        module, params, batch, room: as for :func:`prefill`.
+        heads_path: where the heads stand among the intermediates (``Architecture.heads_path``).
+
+    Returns:
+        The :class:`Prefix`, and what stands at ``heads_path``: ``[L, B, R, N, H]``.
+    """
     rows, tokens = batch.token_ids.shape
     dtype = jax.tree.leaves(params)[0].dtype
     cache = KVCache.empty(module.config.text, rows, tokens + room, dtype)
-    output: Any = module.apply({"params": params}, batch, logits="read", cache=cache)
+    output: Any
+    output, state = module.apply({"params": params}, batch, logits="read", cache=cache, mutable=["intermediates"])
     if batch.positions is None:
         following = jnp.asarray(batch.lengths)
     else:
         following = jnp.max(jnp.asarray(batch.positions), axis=(1, 2)) + 1  # padding counts as 0
-    return Prefix(output.cache, output.logits[:, 0], following)
+    heads = functools.reduce(operator.getitem, heads_path, state["intermediates"])
+    return Prefix(output.cache, output.logits[:, 0], following), heads
 
 
 def extend(module: MultimodalModel, params: Any, prefix: Prefix, token_ids: jax.Array, lengths: jax.Array) -> Any:
@@ -197,36 +215,67 @@ def _generate_step(
         top_p: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), rows)
-        stop_ids = jnp.array(stops, jnp.int32)
 
         def pick(logits: jax.Array, count: jax.Array) -> jax.Array:
             if not draw:
-                return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+                return greedy(logits, count)
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, count)
             return sample(logits, keys, temperature, top_k, top_p if nucleus else None)
 
-        def following(state: tuple[Any, ...]) -> tuple[Any, ...]:
-            count, prefix, tokens, lengths, done = state
-            token = pick(prefix.logits, count)
-            done = done | jnp.any(token[:, None] == stop_ids[None, :], axis=1)
-            tokens = tokens.at[:, count].set(jnp.where(done, 0, token))
-            lengths = lengths + jnp.where(done, 0, 1)
-            # A row that is done goes on reading its last token: static shapes; nobody looks.
-            _, prefix = extend(module, params, prefix, token[:, None], jnp.ones_like(lengths))
-            return count + 1, prefix, tokens, lengths, done
-
-        def unfinished(state: tuple[Any, ...]) -> jax.Array:
-            count, _, _, _, done = state
-            return (count < max_new_tokens) & ~jnp.all(done)
-
-        size = batch.token_ids.shape[0]
         start = prefill(module, params, batch, room)
-        zeros = jnp.zeros(size, jnp.int32)
-        state = jnp.int32(0), start, jnp.zeros((size, room), jnp.int32), zeros, jnp.zeros(size, bool)
-        _, _, tokens, lengths, _ = jax.lax.while_loop(unfinished, following, state)
-        return tokens, lengths
+        return continue_from(module, params, start, pick, stops, room, max_new_tokens)
 
     return step
+
+
+def continue_from(
+    module: MultimodalModel,
+    params: Any,
+    prefix: Prefix,
+    pick: Callable[[jax.Array, jax.Array], jax.Array],
+    stops: tuple[int, ...],
+    room: int,
+    max_new_tokens: jax.Array | int,
+) -> tuple[jax.Array, jax.Array]:
+    """The decode loop: one token after the other until every row has stopped or has ``max_new_tokens``.
+
+    Args:
+        module, params: the model.
+        prefix: prompts that have been read, with room for ``room`` more tokens.
+        pick: (logits float32 ``[B, V]``, number of the new token) -> int32 ``[B]``.
+        stops: tokens that end a row.
+        room: static bound of the new tokens.
+        max_new_tokens: at most so many, at most ``room``.
+
+    Returns:
+        int32 tokens ``[B, room]``, 0 behind the last, and their number ``[B]``, without the stop token.
+    """
+    stop_ids = jnp.array(stops, jnp.int32)
+
+    def following(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        count, prefix, tokens, lengths, done = state
+        token = pick(prefix.logits, count)
+        done = done | jnp.any(token[:, None] == stop_ids[None, :], axis=1)
+        tokens = tokens.at[:, count].set(jnp.where(done, 0, token))
+        lengths = lengths + jnp.where(done, 0, 1)
+        # A row that is done goes on reading its last token: static shapes; nobody looks.
+        _, prefix = extend(module, params, prefix, token[:, None], jnp.ones_like(lengths))
+        return count + 1, prefix, tokens, lengths, done
+
+    def unfinished(state: tuple[Any, ...]) -> jax.Array:
+        count, _, _, _, done = state
+        return (count < max_new_tokens) & ~jnp.all(done)
+
+    size = prefix.logits.shape[0]
+    zeros = jnp.zeros(size, jnp.int32)
+    state = jnp.int32(0), prefix, jnp.zeros((size, room), jnp.int32), zeros, jnp.zeros(size, bool)
+    _, _, tokens, lengths, _ = jax.lax.while_loop(unfinished, following, state)
+    return tokens, lengths
+
+
+def greedy(logits: jax.Array, count: jax.Array) -> jax.Array:
+    """The likeliest token of each row (for :func:`continue_from`)."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def score_options(
@@ -246,18 +295,10 @@ def score_options(
     Raises:
         UserError: an option has no tokens, or two have the same.
     """
-    tokens = [tuple(lmm.processor.encode(option)) for option in options]
-    for option, ids in zip(options, tokens, strict=True):
-        if not ids or tokens.count(ids) > 1:
-            raise UserError(f"option {option!r} {'is empty' if not ids else 'is given twice'}")
-    width = max((len(ids) for ids in tokens), default=1)
-    table = np.zeros((len(tokens), width), np.int32)
-    for column, ids in enumerate(tokens):
-        table[column, : len(ids)] = ids
-    lengths = np.array([len(ids) for ids in tokens], np.int32)
+    table, lengths = option_table(lmm, options)
     prompts = plan_prompts(lmm, examples)
     plans = plan_batches(prompts, batch_size, data_size(lmm.mesh))
-    scores = np.zeros((len(prompts), len(tokens)), np.float32)
+    scores = np.zeros((len(prompts), len(lengths)), np.float32)
     step = _score_step(lmm.module)
     for plan, values in run_batches(
         lmm, step, plans, prompts, examples, progress=progress, what="options", further=lambda _: (table, lengths)
@@ -266,28 +307,61 @@ def score_options(
     return scores
 
 
+def option_table(lmm: LMM, options: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of C candidate answers, int32 ``[C, W]``, right-padded, and their numbers, int32 ``[C]``.
+
+    Raises:
+        UserError: an option has no tokens, or two have the same.
+    """
+    tokens = [tuple(lmm.processor.encode(option)) for option in options]
+    for option, ids in zip(options, tokens, strict=True):
+        if not ids or tokens.count(ids) > 1:
+            raise UserError(f"option {option!r} {'is empty' if not ids else 'is given twice'}")
+    width = max((len(ids) for ids in tokens), default=1)
+    table = np.zeros((len(tokens), width), np.int32)
+    for column, ids in enumerate(tokens):
+        table[column, : len(ids)] = ids
+    return table, np.array([len(ids) for ids in tokens], np.int32)
+
+
+def score_after(
+    module: MultimodalModel, params: Any, prefix: Prefix, options: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Log-likelihood of each option as what follows each prompt.
+
+    Args:
+        module, params: the model.
+        prefix: B prompts that have been read, with room for W - 1 more tokens.
+        options, lengths: int32 ``[C, W]`` and ``[C]``, see :func:`option_table`.
+
+    Returns:
+        float32 ``[B, C]``.
+    """
+    size, width = prefix.logits.shape[0], options.shape[1]
+    first = jnp.take(jax.nn.log_softmax(prefix.logits, axis=-1), options[:, 0], axis=1)
+    if width == 1:
+        return first
+
+    def rest(option: tuple[jax.Array, jax.Array]) -> jax.Array:
+        ids, length = option
+        # The last token of an option is predicted, never read.
+        read = jnp.broadcast_to(ids[None, :-1], (size, width - 1))
+        logits, _ = extend(module, params, prefix, read, jnp.full(size, width - 1, jnp.int32))
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), ids[None, 1:, None], axis=2)[:, :, 0]
+        real = jnp.arange(1, width)[None, :] < length
+        return jnp.sum(jnp.where(real, log_p, 0.0), axis=1)
+
+    # One option at a time: the caches of all at once would not fit.
+    return first + jax.lax.map(rest, (options, lengths)).T
+
+
 @functools.lru_cache(maxsize=32)
 def _score_step(module: MultimodalModel) -> Callable[..., jax.Array]:
     """``(params, batch, options [C, W], lengths [C]) -> [B, C]``."""
 
     @jax.jit
     def step(params: Any, batch: Batch, options: jax.Array, lengths: jax.Array) -> jax.Array:
-        size, width = batch.token_ids.shape[0], options.shape[1]
-        # The last token of an option is predicted, never read.
-        prefix = prefill(module, params, batch, width - 1)
-        first = jnp.take(jax.nn.log_softmax(prefix.logits, axis=-1), options[:, 0], axis=1)
-        if width == 1:
-            return first
-
-        def rest(option: tuple[jax.Array, jax.Array]) -> jax.Array:
-            ids, length = option
-            read = jnp.broadcast_to(ids[None, :-1], (size, width - 1))
-            logits, _ = extend(module, params, prefix, read, jnp.full(size, width - 1, jnp.int32))
-            log_p = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), ids[None, 1:, None], axis=2)[:, :, 0]
-            real = jnp.arange(1, width)[None, :] < length
-            return jnp.sum(jnp.where(real, log_p, 0.0), axis=1)
-
-        # One option at a time: the caches of all at once would not fit.
-        return first + jax.lax.map(rest, (options, lengths)).T
+        prefix = prefill(module, params, batch, options.shape[1] - 1)
+        return score_after(module, params, prefix, options, lengths)
 
     return step

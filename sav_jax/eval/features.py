@@ -1,0 +1,208 @@
+"""What models make of a split's examples: computed when first asked for, shared by all methods, counted.
+
+Axes: E examples, S support examples, Q queries, C classes, K texts, L layers, N heads per layer, H head width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sav_jax.errors import UserError
+from sav_jax.eval.methods.base import Settings
+from sav_jax.eval.tasks.base import Item, Split, Task
+from sav_jax.examples import Example
+from sav_jax.lmm import LMM
+from sav_jax.reading import Readings, read
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Head vectors of some examples: rows of one large array, which is never copied whole.
+
+    Attributes:
+      array: float32 [E, L, N, H].
+      rows: int [R], which of them.
+    """
+
+    array: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(R, L, N, H)."""
+        return len(self.rows), *self.array.shape[1:]
+
+    def whole(self) -> np.ndarray:
+        """A copy, [R, L, N, H]: for the support."""
+        return self.array[self.rows]
+
+    def layers(self, first: int, last: int) -> np.ndarray:
+        """A copy of some layers, [R, last - first, N, H]."""
+        return self.array[self.rows, first:last]
+
+    def blocks(self, size: int = 128) -> Iterator[tuple[slice, np.ndarray]]:
+        """Copies of ``size`` rows at a time, with their places among the rows: for the queries."""
+        for start in range(0, len(self.rows), size):
+            part = slice(start, min(start + size, len(self.rows)))
+            yield part, self.array[self.rows[part]]
+
+
+class Reader:
+    """Runs models over prompts and counts the passes.
+
+    Attributes:
+      passes: prompts that were run through a model.
+      prompts: keys of all distinct (model, prompt) pairs that were asked for, run or read from the cache.
+      seconds: spent in loading and running models.
+    """
+
+    def __init__(self, load: Callable[[], LMM], batch_size: int = 8, cache: str | None = None) -> None:
+        self._load = load
+        self.batch_size, self.cache = batch_size, cache
+        self.passes = 0
+        self.prompts: set[str] = set()
+        self.seconds = 0.0
+
+    @functools.cached_property
+    def lmm(self) -> LMM:
+        """The model, loaded when first asked for."""
+        with self.timed():
+            return self._load()
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (a reader lives as long as its run)
+    def reinitialized(self, seed: int) -> LMM:
+        """The same model with random weights."""
+        lmm = self.lmm
+        with self.timed():
+            return lmm.reinitialized(seed)
+
+    def read(
+        self, lmm: LMM, examples: Sequence[Example], options: Sequence[str] = (), max_new_tokens: int = 0
+    ) -> Readings:
+        """As :func:`sav_jax.reading.read`, counted and timed."""
+        with self.timed():
+            readings = read(lmm, examples, options, max_new_tokens, self.batch_size, self.cache)
+        self.passes += readings.passes
+        self.prompts.update(readings.keys)
+        return readings
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count what happens inside as time in the model."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+
+@dataclass
+class Universe:
+    """All items of a task that any of its splits needs, and what models say of them, each prompt read once.
+
+    Attributes:
+      task: the task.
+      items: E items.
+      labels: C class names.
+      reader: runs the models.
+      max_new_tokens: longest answer that a model may write.
+    """
+
+    task: Task
+    items: tuple[Item, ...]
+    labels: tuple[str, ...]
+    reader: Reader
+    max_new_tokens: int = 32
+    _random: dict[int, Readings] = field(default_factory=dict)
+
+    @functools.cached_property
+    def place(self) -> dict[int, int]:
+        """Row of an item, by its identity."""
+        return {id(item): row for row, item in enumerate(self.items)}
+
+    @functools.cached_property
+    def readings(self) -> Readings:
+        """Heads, likelihoods of the task's answers and the answer written: one pass for all of them."""
+        examples = [item.example for item in self.items]
+        answers = [self.task.answer(label) for label in self.labels]
+        return self.reader.read(self.reader.lmm, examples, answers, self.max_new_tokens)
+
+    def random_readings(self, seed: int) -> Readings:
+        """Heads of the model with random weights."""
+        if seed not in self._random:
+            lmm = self.reader.reinitialized(seed)
+            self._random[seed] = self.reader.read(lmm, [item.example for item in self.items])
+        return self._random[seed]
+
+    def rows(self, items: Sequence[Item]) -> np.ndarray:
+        """Rows of items, int [R]."""
+        return np.array([self.place[id(item)] for item in items], np.int64)
+
+
+class Features:
+    """What a method is given: a split, the settings, and what models make of the split's examples.
+
+    Attributes:
+      task, split, settings: what is asked.
+      reader: runs further prompts.
+    """
+
+    def __init__(self, universe: Universe, split: Split, settings: Settings) -> None:
+        self._universe = universe
+        self.task, self.split, self.settings = universe.task, split, settings
+        self.reader = universe.reader
+        self._support, self._queries = universe.rows(split.support), universe.rows(split.queries)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Class of each support example, int [S]: its column."""
+        column = {label: i for i, label in enumerate(self.split.labels)}
+        return np.array([column[item.label] for item in self.split.support], np.int64)
+
+    @functools.cached_property
+    def heads(self) -> tuple[Heads, Heads]:
+        """Head vectors of the support and of the queries."""
+        return self._pair(self._universe.readings.heads)
+
+    @functools.cached_property
+    def random_heads(self) -> tuple[Heads, Heads]:
+        """The same with random weights in every part of the model."""
+        return self._pair(self._universe.random_readings(self.settings.seed).heads)
+
+    @functools.cached_property
+    def option_scores(self) -> np.ndarray:
+        """Log-likelihood of each class's answer after each query, float32 [Q, C]."""
+        return self._universe.readings.scores[self._queries]
+
+    @functools.cached_property
+    def support_option_scores(self) -> np.ndarray:
+        """The same after each support example, float32 [S, C]."""
+        return self._universe.readings.scores[self._support]
+
+    @functools.cached_property
+    def texts(self) -> tuple[str, ...]:
+        """What the model writes after each query, Q texts."""
+        generations = self._universe.readings.generations
+        return tuple(generations[row].text for row in self._queries)
+
+    def text_heads(self, texts: Sequence[str]) -> np.ndarray:
+        """Head vectors of texts without images, each asked like a question: float32 [K, L, N, H]."""
+        return self.reader.read(self.reader.lmm, [Example(text) for text in texts]).heads
+
+    def answers(self, examples: Sequence[Example]) -> Readings:
+        """Likelihoods of the task's answers and the answer written after other prompts, such as with demonstrations."""
+        options = [self.task.answer(label) for label in self.split.labels]
+        return self.reader.read(self.reader.lmm, examples, options, self.settings.max_new_tokens)
+
+    def _pair(self, heads: np.ndarray) -> tuple[Heads, Heads]:
+        available = heads.shape[1] * heads.shape[2]
+        if not 1 <= self.settings.num_heads <= available:
+            raise UserError(f"--num-heads is {self.settings.num_heads}; there are {available} heads to choose from")
+        return Heads(heads, self._support), Heads(heads, self._queries)

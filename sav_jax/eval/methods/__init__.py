@@ -1,0 +1,11 @@
+"""Ways to answer a task's queries, by name. Each is a small file that reads the same features."""
+
+from __future__ import annotations
+
+from sav_jax.eval.methods import asking, reference, sav
+from sav_jax.eval.methods.base import Method, Outcome, Settings
+
+METHODS: dict[str, Method] = {method.name: method for module in (reference, asking, sav) for method in module.METHODS}
+"""The methods known by name."""
+
+__all__ = ["METHODS", "Method", "Outcome", "Settings"]

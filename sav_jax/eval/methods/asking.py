@@ -1,0 +1,51 @@
+"""Methods that ask the model: what it writes, and which answer it finds likeliest.
+
+Axes: Q queries, C classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sav_jax.eval.features import Features
+from sav_jax.eval.methods.base import Method, Outcome, named
+from sav_jax.eval.parsing import parse_answer
+
+
+def _zero_shot(features: Features) -> Outcome:
+    """What the model writes, greedily decoded, read tolerantly (the SAVs release compares strings instead)."""
+    task, split = features.task, features.split
+    predictions = []
+    for item, text in zip(split.queries, features.texts, strict=True):
+        if task.parse is not None:
+            label = task.parse(text, item)
+        else:
+            label = parse_answer(text, {label: task.answer(label) for label in item.offered or split.labels})
+        predictions.append(label or "")
+    return Outcome(tuple(predictions), texts=features.texts)
+
+
+def _zero_shot_likelihood(features: Features) -> Outcome:
+    """The answer, of those that the question offers, that the model finds likeliest."""
+    scores = features.option_scores.astype(np.float64)
+    return Outcome(named(features.split, offered(features, scores).argmax(axis=1)), scores)
+
+
+def offered(features: Features, scores: np.ndarray) -> np.ndarray:
+    """Scores [Q, C] with minus infinity at classes that a query does not offer."""
+    labels = features.split.labels
+    allowed = np.array(
+        [[not item.offered or label in item.offered for label in labels] for item in features.split.queries]
+    )
+    return np.where(allowed, scores, -np.inf)
+
+
+METHODS = (
+    Method("zero-shot", "ask the model and read its answer", _zero_shot, uses_support=False),
+    Method(
+        "zero-shot-likelihood",
+        "ask the model: the class whose answer it finds likeliest",
+        _zero_shot_likelihood,
+        uses_support=False,
+    ),
+)

@@ -1,0 +1,241 @@
+"""What a task is: where its examples come from, which are shown (support) and which are asked (queries).
+
+A task's module turns an author's files into :class:`Item` objects and says what is asked and how answers are scored.
+It knows no model, no method and no device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sav_jax.classifier import choose_shots
+from sav_jax.errors import UserError
+from sav_jax.eval.metrics import Metric
+from sav_jax.examples import Example
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example, and what only its task knows about it.
+
+    Attributes:
+      example: question, images and right label.
+      group: items of one group are kept together: scored together where a metric says so, and never split between
+        support and queries. "" for an item by itself.
+      role: its place in the group, such as "q0i1" or "positive".
+      offered: the labels that the question offers, where it does not offer all of the task's.
+      references: answers in people's own words, where the data set has them (VizWiz: ten).
+      subset: a named part of the data set, which gets results of its own.
+    """
+
+    example: Example
+    group: str = ""
+    role: str = ""
+    offered: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    subset: str = ""
+
+    @property
+    def label(self) -> str:
+        return str(self.example.label)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a task's files hold.
+
+    Attributes:
+      pool: items that support may be drawn from.
+      queries: items to be asked, or None for all of the pool that is not drawn.
+    """
+
+    pool: tuple[Item, ...]
+    queries: tuple[Item, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task.
+
+    Attributes:
+      name: on the command line and in the results.
+      description: one line: what is asked about what.
+      load: reads the data. It is given the folder of this task's files (``DATA_DIR/NAME``, which need not exist) and
+        raises a UserError that says what must be fetched from where, if it is not there.
+      source: where the data and its definition come from: paper, address.
+      files: what is looked for in the task's folder; "" if nothing must be fetched.
+      prompt: the question as a template, for the task's card.
+      split: in words, what support and queries are drawn from.
+      labels: the class names in the order of the columns; None for those of the pool, sorted.
+      answers: what the model has to answer for a label, where that is not the label itself ("Yes" for
+        "hallucination").
+      parse: reads a label out of what a model wrote about an item, None if there is none in it; by default tolerant
+        matching of ``answers`` (``sav_jax.eval.parsing``).
+      metric: the metric that the table shows.
+      metrics: metrics besides those that all tasks have (``sav_jax.eval.metrics``).
+      class_prompt: a text about a class, with ``{label}`` in it, for text prototypes and dual encoders.
+      version: raised whenever prompts, labels or examples change: results of different versions are not comparable.
+    """
+
+    name: str
+    description: str
+    load: Callable[[Path], Data]
+    source: str = ""
+    files: str = ""
+    prompt: str = ""
+    split: str = "support is drawn from all examples, the others are queries"
+    labels: tuple[str, ...] | None = None
+    answers: Mapping[str, str] = field(default_factory=dict)
+    parse: Callable[[str, Item], str | None] | None = None
+    metric: str = "acc"
+    metrics: tuple[Metric, ...] = ()
+    class_prompt: str = "a photo of a {label}."
+    version: int = 1
+
+    def answer(self, label: str) -> str:
+        """What the model has to answer for ``label``."""
+        return self.answers.get(label, label)
+
+
+@dataclass(frozen=True)
+class Split:
+    """What all methods see of a task, for one number of shots and one seed.
+
+    Attributes:
+      support: labelled items, the only ones whose labels a method may look at.
+      queries: items to be classified.
+      labels: class names, in the order of the columns.
+      available: number of queries before any limit.
+      leaked: queries that also stand in the support, same question and images; 0 unless leaks were allowed.
+      digest: SHA-256 of all questions, labels and images, in order. Equal digests: results may be compared.
+    """
+
+    support: tuple[Item, ...]
+    queries: tuple[Item, ...]
+    labels: tuple[str, ...]
+    available: int
+    leaked: int
+    digest: str
+
+
+class Digests:
+    """SHA-256 of items, each image read once however many splits there are."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[int, tuple[Item, str]] = {}
+
+    def prompt(self, item: Item) -> str:
+        """Of question and image contents."""
+        known = self._prompts.get(id(item))  # the item is kept, so that its id stays its own
+        if known is None:
+            facts = json.dumps([item.example.question, *item.example.image_digests()])
+            known = self._prompts[id(item)] = item, hashlib.sha256(facts.encode()).hexdigest()
+        return known[1]
+
+    def whole(self, item: Item) -> str:
+        """Of question, image contents and label."""
+        return hashlib.sha256(f"{self.prompt(item)} {item.example.label!r}".encode()).hexdigest()
+
+
+def split_task(
+    task: Task,
+    data: Data,
+    shots: int,
+    seed: int,
+    limit: int | None = None,
+    *,
+    allow_leak: bool = False,
+    digests: Digests | None = None,
+) -> Split:
+    """Draw the support and the queries; the same arguments give the same split on every machine.
+
+    A class's draw depends on the seed and its own items alone, and fewer shots are part of more
+    (:func:`sav_jax.classifier.choose_shots`). Groups of which an item was drawn are asked no questions.
+
+    Args:
+      task: the task.
+      data: what ``task.load`` returned.
+      shots: labelled examples per class.
+      seed: of both draws.
+      limit: keep only about so many queries, whole groups drawn at random; their order stays.
+      allow_leak: go on when a query also stands in the support.
+      digests: shared by splits of the same data.
+
+    Raises:
+      UserError: if a class has too few examples, too little is left to ask, or the support holds a query.
+    """
+    digests = digests or Digests()
+    pool = data.pool
+    labels = [item.label for item in pool]
+    names = task.labels or tuple(sorted(set(labels)))
+    if len(names) < 2:
+        raise UserError(f"task {task.name}: every support example has the label {names[0]!r}; at least two are needed")
+    for name, count in (dict.fromkeys(names, 0) | Counter(labels)).items():
+        if name not in names:
+            raise UserError(f"task {task.name}: {name!r} is none of its labels ({', '.join(names)})")
+        if count < shots:
+            raise UserError(f"task {task.name}: class {name!r} has {count} examples, fewer than --shots {shots}")
+    support = [pool[i] for i in choose_shots(labels, shots, seed)]
+    taken = {id(item) for item in support}
+    groups = {item.group for item in support if item.group}
+    asked = pool if data.queries is None else data.queries
+    queries = [item for item in asked if id(item) not in taken and item.group not in groups]
+    if not queries:
+        raise UserError(f"task {task.name}: --shots {shots} leaves no queries")
+    for query in queries:
+        if query.label not in names:
+            raise UserError(f'{query.example.source}: field "label" is {query.label!r}, which no support example has')
+    shown = {digests.prompt(item): item for item in support}
+    leaks = [item for item in queries if digests.prompt(item) in shown]
+    if leaks and not allow_leak:
+        twin = shown[digests.prompt(leaks[0])].example
+        raise UserError(
+            f"task {task.name}: {len(leaks)} queries also stand in the support, same question and images, the first "
+            f"being {leaks[0].example.source or leaks[0].example.id} = {twin.source or twin.id} "
+            "(--allow-leak to go on all the same)"
+        )
+    available = len(queries)
+    if limit is not None:
+        queries = _limited(queries, limit, seed)
+    text = "\n".join(digests.whole(item) for item in [*support, *queries])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Split(tuple(support), tuple(queries), tuple(names), available, len(leaks), digest)
+
+
+def _limited(queries: Sequence[Item], limit: int, seed: int) -> list[Item]:
+    """Whole groups drawn at random until ``limit`` queries are reached."""
+    if limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}")
+    members: dict[str, list[int]] = {}
+    for place, item in enumerate(queries):
+        members.setdefault(item.group or f"\0{place}", []).append(place)
+    groups = list(members.values())
+    kept: list[int] = []
+    for place in np.random.default_rng(seed).permutation(len(groups)):
+        if kept and len(kept) + len(groups[place]) > limit:
+            break
+        kept += groups[place]
+    return [queries[place] for place in sorted(kept)]
+
+
+def relabelled(item: Item, label: str) -> Item:
+    """The same item with another label."""
+    return dataclasses.replace(item, example=dataclasses.replace(item.example, label=label))
+
+
+def default_data_dir() -> Path:
+    """Where benchmarks are looked for unless told otherwise: ``$SAV_JAX_DATA``, else ``~/.cache/sav_jax/data``."""
+    if chosen := os.environ.get("SAV_JAX_DATA"):
+        return Path(chosen)
+    from sav_jax.headstore import default_cache_dir
+
+    return Path(default_cache_dir()) / "data"

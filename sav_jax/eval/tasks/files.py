@@ -1,0 +1,29 @@
+"""A task of the user's own: two files or folders, or one to be split."""
+
+from __future__ import annotations
+
+import os
+
+from sav_jax.errors import UserError
+from sav_jax.eval.tasks.base import Data, Item, Task
+from sav_jax.examples import Example, read_examples
+
+
+def from_files(train: str | os.PathLike[str], test: str | os.PathLike[str], question: str | None = None) -> Task:
+    """Make a task of two files or folders as :func:`sav_jax.read_examples` takes them.
+
+    Raises:
+      UserError: if either cannot be read or lacks labels, or the queries have labels that the support has not.
+    """
+    pool = read_examples(train, question, require_labels=True)
+    queries = read_examples(test, question, require_labels=True)
+    known = {example.label for example in pool}
+    for query in queries:
+        if query.label not in known:
+            raise UserError(f'{query.source}: field "label" is {query.label!r}, which no row of {train} has')
+    data = Data(_items(pool), _items(queries))
+    return Task("files", f"{test} with examples from {train}", lambda _: data, split=f"support from {train}")
+
+
+def _items(examples: list[Example]) -> tuple[Item, ...]:
+    return tuple(Item(example) for example in examples)
