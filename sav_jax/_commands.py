@@ -120,33 +120,44 @@ def _extract(options: cli.Extract) -> None:
 
 
 def _eval(options: cli.Eval) -> None:
-    from sav_jax.eval.methods import METHODS, Settings
-    from sav_jax.eval.run import evaluate
-    from sav_jax.eval.tasks import TASKS, from_files
+    from sav_jax.eval.methods import METHODS
+    from sav_jax.eval.run import Plan, evaluate
+    from sav_jax.eval.tasks import GROUPS, TASKS, default_data_dir, find_tasks
+    from sav_jax.eval.tasks.files import from_files
 
-    own = None
-    if options.train is not None or options.test is not None:
-        if options.train is None or options.test is None:
-            raise UserError("a task of your own needs both --train and --test")
-        own = from_files(options.train, options.test, options.question)
     if "list" in (options.tasks, options.methods):
         for asked, entries in ((options.tasks, TASKS), (options.methods, METHODS)):
             if asked == "list":
-                print("\n".join(f"{name:<12} {entry.description}" for name, entry in entries.items()))
+                width = max(map(len, entries))
+                print("\n".join(f"{name:<{width}} {entry.description}" for name, entry in entries.items()))
         return
+    if options.train is None and options.test is not None:
+        raise UserError("a task of your own needs --train")
+    if options.train is not None:
+        tasks = [from_files(options.train, options.test, options.question)]
+    else:
+        tasks = find_tasks(options.tasks)
     evaluate(
         lambda: _load(options.model, options.running.dtype),
-        [own] if own else _choose("task", options.tasks, TASKS),
+        tasks,
         _choose("method", options.methods, METHODS),
-        Settings(
-            shots=options.shots,
+        Plan(
+            shots=_numbers("--shots", options.shots),
+            seeds=_numbers("--seeds", options.seeds),
             num_heads=options.num_heads,
-            seed=options.seed,
+            demonstrations=options.demonstrations,
+            max_new_tokens=options.max_new_tokens,
             limit=options.limit,
             batch_size=options.running.batch_size,
-            cache=_cache(options.running),
+            cache=_cache_dir(options.running),
+            clip=options.clip,
+            siglip=options.siglip,
+            allow_leak=options.allow_leak,
+            data_dir=options.data_dir or default_data_dir(),
+            log_samples=options.log_samples,
         ),
         options.output_path,
+        GROUPS,
     )
 
 
@@ -170,10 +181,21 @@ def _choose(what: str, names: str, available: Mapping[str, T]) -> list[T]:
     return [available[name] for name in dict.fromkeys(chosen)]
 
 
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers separated by commas."""
+    try:
+        return tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise UserError(f"{option} takes whole numbers separated by commas, not {text!r}") from None
+
+
+def _cache_dir(running: cli.Running) -> str | None:
+    return None if running.no_cache else (running.cache or default_cache_dir()).rstrip("/")
+
+
 def _cache(running: cli.Running) -> str | None:
-    if running.no_cache:
-        return None
-    return f"{(running.cache or default_cache_dir()).rstrip('/')}/heads"
+    folder = _cache_dir(running)
+    return folder and f"{folder}/heads"
 
 
 def _check_heads(lmm: LMM, num_heads: int, max_layer: int | None) -> None:

@@ -73,6 +73,10 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
 def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
     """Write the files of a folder. A new folder appears complete; in an old one the files are replaced one by one.
 
+    Args:
+      path: the folder.
+      files: names, which may have folders in them ("images/1.png"), and contents.
+
     Raises:
       UserError: if the system refuses.
     """
@@ -87,6 +91,7 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
         temporary.mkdir()
         try:
             for name, content in files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_bytes(content)
             os.replace(temporary, path)
         finally:

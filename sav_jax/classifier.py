@@ -174,6 +174,12 @@ class SparseAttentionVectors:
         """
         return self._decide(*self._classify(heads, mesh))
 
+    def head_votes(self, heads: np.ndarray | jax.Array, *, mesh: jax.sharding.Mesh | None = None) -> np.ndarray:
+        """Say which class each selected head is nearest to: int32 [N, k], columns as ``heads``, best head first.
+        Arguments as for predict.
+        """
+        return self._classify(heads, mesh)[0]
+
     def votes(self, heads: np.ndarray | jax.Array, *, mesh: jax.sharding.Mesh | None = None) -> np.ndarray:
         """Count the heads that are nearest to each class: int32 [N, C], rows sum to k. Arguments as for predict."""
         return self._count(self._classify(heads, mesh)[0])
@@ -241,9 +247,7 @@ class SparseAttentionVectors:
         return nearest_classes(selected, self.centroids, self.temperature, mesh=mesh or local_mesh())
 
     def _count(self, nearest: np.ndarray) -> np.ndarray:
-        counts = np.zeros((len(nearest), len(self.labels)), np.int32)
-        np.add.at(counts, (np.arange(len(nearest))[:, None], nearest), 1)
-        return counts
+        return count_votes(nearest, len(self.labels))
 
     def _share(self, nearest: np.ndarray, confidence: np.ndarray) -> np.ndarray:
         if self.vote == "confidence":
@@ -254,11 +258,30 @@ class SparseAttentionVectors:
         if self.vote == "confidence":
             winners = confidence.argmax(axis=1)
         else:
-            counts = self._count(nearest)
-            has_most = np.take_along_axis(counts, nearest, axis=1) == counts.max(axis=1, keepdims=True)
-            # Heads come best first, and argmax finds the first head that voted for one of the most-voted classes.
-            winners = np.take_along_axis(nearest, has_most.argmax(axis=1)[:, None], axis=1)[:, 0]
+            winners = majority(nearest, len(self.labels))
         return [self.labels[winner] for winner in winners]
+
+
+def count_votes(votes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Count the heads for each class: int [N, k] class numbers -> int32 [N, C]."""
+    counts = np.zeros((len(votes), num_classes), np.int32)
+    np.add.at(counts, (np.arange(len(votes))[:, None], votes), 1)
+    return counts
+
+
+def majority(votes: np.ndarray, num_classes: int) -> np.ndarray:
+    """The class with most votes; of equally many, the one that the best-ranked head voting for any of them voted for.
+
+    Args:
+      votes: int [N, k], the class number each head votes for, best head first.
+      num_classes: C.
+
+    Returns:
+      int [N].
+    """
+    counts = count_votes(votes, num_classes)
+    has_most = np.take_along_axis(counts, votes, axis=1) == counts.max(axis=1, keepdims=True)
+    return np.take_along_axis(votes, has_most.argmax(axis=1)[:, None], axis=1)[:, 0]
 
 
 _SETTINGS = ("vote", "leave_one_out", "shots_per_class", "max_layer", "seed", "temperature")

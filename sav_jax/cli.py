@@ -39,7 +39,7 @@ class Running:
     cache: Annotated[str | None, _optional("DIR", "$SAV_JAX_CACHE or ~/.cache/sav_jax")] = None
     """Folder (or gs:// path) in which head vectors are kept: no example is run twice, and a killed run resumes."""
 
-    no_cache: bool = False
+    no_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep no head vectors."""
 
 
@@ -61,7 +61,7 @@ class Fit:
     num_heads: int = 20
     """How many attention heads vote: the paper uses 20."""
 
-    leave_one_out: bool = False
+    leave_one_out: tyro.conf.FlagCreatePairsOff[bool] = False
     """Rank heads by how well they classify each example without its own help. The paper's ranking lets an example be
     part of its own class centroid, which favours heads that merely tell examples apart."""
 
@@ -128,26 +128,39 @@ class Eval:
     """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
 
     tasks: str = "digits"
-    """Names separated by commas; 'list' prints them all."""
+    """Names separated by commas; 'list' prints them all, 'sav-jax tasks NAME' describes one."""
 
     methods: str = "chance,zero-shot,pixels,sav-random,sav"
     """Names separated by commas; 'list' prints them all."""
 
-    shots: int = 20
-    """Labelled examples per class; the others are queries."""
+    shots: str = "20"
+    """Labelled examples per class, or several numbers separated by commas (5,20)."""
+
+    seeds: Annotated[str, tyro.conf.arg(aliases=["--seed"])] = "0"
+    """Of the draw of labelled examples, of --limit, and of random weights; or several separated by commas (0,1,2):
+    results are then means over them."""
 
     num_heads: int = 20
-    """How many attention heads vote in 'sav'."""
+    """How many attention heads vote in 'sav' and the like."""
 
-    seed: int = 0
-    """Of the draw of labelled examples, of --limit, and of random weights."""
+    demonstrations: int = 4
+    """Labelled examples in the prompt of in-context learning."""
+
+    max_new_tokens: int = 32
+    """Longest answer that the model may write."""
 
     limit: Annotated[int | None, _optional("N", "all")] = None
-    """Answer only so many queries, drawn by --seed: for a quick look."""
+    """Answer only so many queries of each task, drawn by seed: for a quick look."""
+
+    data_dir: Annotated[Path | None, _optional("DIR", "$SAV_JAX_DATA or ~/.cache/sav_jax/data")] = None
+    """Where benchmarks that must be fetched by hand are looked for, each in a sub-folder of its name."""
+
+    allow_leak: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Go on when a query also stands among the labelled examples, same question and images; they are counted."""
 
     train: Annotated[Path | None, _optional("PATH", "none")] = None
     """A task of your own: labelled rows or a folder as for 'fit', from which --shots examples per class are drawn. It
-    is called 'files' and needs --test."""
+    is called 'files'; the other rows are its queries unless --test is given."""
 
     test: Annotated[Path | None, _optional("PATH", "none")] = None
     """The labelled queries of the task 'files'."""
@@ -155,8 +168,17 @@ class Eval:
     question: Annotated[str | None, _optional("TEXT", "none")] = None
     """For the task 'files': what to ask about each picture of a folder, and about rows without a question."""
 
+    clip: Annotated[str | None, _optional("MODEL", "none")] = None
+    """CLIP checkpoint of the methods 'clip-...': a directory or a hub id."""
+
+    siglip: Annotated[str | None, _optional("MODEL", "none")] = None
+    """SigLIP checkpoint of the methods 'siglip-...': a directory or a hub id."""
+
     output_path: Path = Path("results")
-    """Folder for results.json (in the shape of lmms-eval's), samples_TASK.jsonl and heads_TASK.png."""
+    """Folder for results.json (in the shape of lmms-eval's), samples_TASK.jsonl, heads_TASK.png and images/."""
+
+    log_samples: bool = True
+    """Write every single answer to samples_TASK.jsonl: 'compare' and 'report' read them."""
 
     running: Running = Running()
 
@@ -218,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args=argv,
             prog="sav-jax",
             description="Few-shot classifiers from the attention heads of frozen multimodal models.",
-            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+            config=(tyro.conf.OmitArgPrefixes,),
         )
         if options.running.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, not {options.running.batch_size}")

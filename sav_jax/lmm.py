@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +103,10 @@ class LMM:
         Args:
             seed: of the random weights.
         """
-        init = jax.jit(lambda key: jax.tree.map(lambda p: p.astype(self.dtype), _init(self.architecture, key)))
         return dataclasses.replace(
             self,
             name=f"{self.name} (random weights, seed {seed})",
-            params=init(jax.random.key(seed)),
+            params=_random_params(self.module, self.dtype)(jax.random.key(seed)),
             fingerprint=hashlib.sha256(f"{self.fingerprint} random {seed}".encode()).hexdigest(),
         )
 
@@ -150,17 +150,27 @@ def load(
     return LMM(str(path), arch, params, processor, fingerprint, dtype, mesh, raw, stops, longest)
 
 
+@functools.lru_cache(maxsize=4)
+def _random_params(module: MultimodalModel, dtype: Any) -> Callable[[jax.Array], Any]:
+    """Compiled once, whatever the number of seeds."""
+    return jax.jit(lambda key: jax.tree.map(lambda p: p.astype(dtype), _init_module(module, key)))
+
+
 def _init(arch: Architecture, key: jax.Array) -> Any:
+    return _init_module(arch.module, key)
+
+
+def _init_module(module: MultimodalModel, key: jax.Array) -> Any:
     """Fresh parameters; the dummy prompt is as small as the code allows and decides nothing."""
     batch = Batch(
         token_ids=jnp.zeros((1, 1), jnp.int32),
         lengths=jnp.ones((1,), jnp.int32),
         read_positions=jnp.zeros((1, 1), jnp.int32),
-        **arch.module.dummy_vision(),
+        **module.dummy_vision(),
         visual_index=jnp.zeros((1, 1, 1), jnp.int32),
         visual_weight=jnp.zeros((1, 1, 1), jnp.float32),
     )
-    return arch.module.init(key, batch)["params"]
+    return module.init(key, batch)["params"]
 
 
 def _stop_token_ids(directory: Path, config: Mapping[str, Any], processor: Processor) -> tuple[int, ...]:

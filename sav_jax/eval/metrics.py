@@ -5,6 +5,7 @@ Axes: Q queries, C classes, U units.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ class Answers:
       scores: float [Q, C], any number that is larger for likelier classes, or None.
       probabilities: float [Q, C], rows sum to 1, or None.
       texts: what the model wrote, of methods that let it write.
+      names: Q names of the queries, the same in every split that asks them; by default their ids.
     """
 
     items: tuple[Item, ...]
@@ -34,6 +36,26 @@ class Answers:
     scores: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     texts: tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def clusters(self) -> tuple[str, ...]:
+        """Q names of what is independent of each other: a query's group, or itself."""
+        names = self.names or [item.example.id for item in self.items]
+        return tuple(item.group or name for item, name in zip(self.items, names, strict=True))
+
+    def take(self, index: np.ndarray) -> Answers:
+        """The answers to some queries, int [Q'] (repetitions allowed)."""
+        rows = index.tolist()
+        return dataclasses.replace(
+            self,
+            items=tuple(self.items[row] for row in rows),
+            predictions=tuple(self.predictions[row] for row in rows),
+            scores=None if self.scores is None else self.scores[index],
+            probabilities=None if self.probabilities is None else self.probabilities[index],
+            texts=None if self.texts is None else tuple(self.texts[row] for row in rows),
+            names=tuple(self.names[row] for row in rows) if self.names else (),
+        )
 
     @property
     def targets(self) -> np.ndarray:
@@ -77,3 +99,149 @@ class Metric:
     description: str
     compute: Callable[[Answers], Units | float | None]
     higher_is_better: bool = True
+
+
+# What all tasks have
+
+
+def right(answers: Answers) -> np.ndarray:
+    """Whether each query was answered correctly, bool [Q]."""
+    return answers.predicted == answers.targets
+
+
+def _accuracy(answers: Answers) -> Units:
+    return Units(right(answers).astype(np.float64), answers.clusters)
+
+
+def _offered_accuracy(answers: Answers) -> Units | None:
+    if answers.scores is None or not any(item.offered for item in answers.items):
+        return None
+    allowed = np.array(
+        [[not item.offered or label in item.offered for label in answers.labels] for item in answers.items]
+    )
+    choice = np.where(allowed, answers.scores, -np.inf).argmax(axis=1)
+    return Units((choice == answers.targets).astype(np.float64), answers.clusters)
+
+
+def _macro_f1(answers: Answers) -> float:
+    targets, predicted = answers.targets, answers.predicted
+    present = np.union1d(targets, predicted[predicted >= 0])
+    hits = np.array([((predicted == c) & (targets == c)).sum() for c in present], np.float64)
+    sizes = np.array([(predicted == c).sum() + (targets == c).sum() for c in present], np.float64)
+    return float((2 * hits / sizes).mean())
+
+
+def _auroc(answers: Answers) -> float | None:
+    if answers.probabilities is None:
+        return None
+    targets, areas = answers.targets, []
+    # The two classes of a binary task mirror each other.
+    for column in range(len(answers.labels)) if len(answers.labels) > 2 else [1]:
+        area = area_under_roc(answers.probabilities[:, column], targets == column)
+        if area is not None:
+            areas.append(area)
+    return float(np.mean(areas)) if areas else None
+
+
+def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float | None:
+    """Probability that a positive scores higher than a negative, ties counting half (Mann-Whitney).
+
+    Args:
+      scores: float [Q].
+      positive: bool [Q].
+
+    Returns:
+      None if all or none are positive.
+    """
+    from scipy.stats import rankdata
+
+    count = int(positive.sum())
+    others = len(positive) - count
+    if not count or not others:
+        return None
+    return float((rankdata(scores)[positive].sum() - count * (count + 1) / 2) / (count * others))
+
+
+def confidence(answers: Answers) -> np.ndarray | None:
+    """Probability of each prediction, float [Q]: 0 where there is none."""
+    if answers.probabilities is None:
+        return None
+    predicted = answers.predicted
+    return np.where(predicted >= 0, answers.probabilities[np.arange(len(predicted)), predicted], 0.0)
+
+
+def _calibration_error(answers: Answers, bins: int = 15) -> float | None:
+    sure = confidence(answers)
+    if sure is None:
+        return None
+    # Bin (i / bins, (i + 1) / bins]; 0 belongs to the first.
+    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(place, weights=right(answers) - sure, minlength=bins)
+    return float(np.abs(gap).sum() / len(sure))
+
+
+def _brier(answers: Answers) -> Units | None:
+    if answers.probabilities is None:
+        return None
+    truth = np.eye(len(answers.labels))[answers.targets]
+    return Units(((answers.probabilities - truth) ** 2).sum(axis=1), answers.clusters)
+
+
+def _log_loss(answers: Answers) -> Units | None:
+    if answers.probabilities is None:
+        return None
+    p = answers.probabilities[np.arange(len(answers.items)), answers.targets]
+    return Units(-np.log(np.maximum(p, np.finfo(np.float64).tiny)), answers.clusters)
+
+
+def risk_coverage(answers: Answers) -> np.ndarray | None:
+    """Share of wrong answers among the n most confident ones, for n = 1 to Q: float [Q].
+
+    Equally confident answers come in random order: the expectation is taken.
+    """
+    sure = confidence(answers)
+    if sure is None:
+        return None
+    order = np.argsort(-sure, kind="stable")
+    wrong = (~right(answers))[order].astype(np.float64)
+    _, tie = np.unique(-sure[order], return_inverse=True)
+    share = np.bincount(tie, weights=wrong) / np.bincount(tie)
+    return np.cumsum(share[tie]) / np.arange(1, len(sure) + 1)
+
+
+def _area_under_risk_coverage(answers: Answers) -> float | None:
+    risk = risk_coverage(answers)
+    return None if risk is None else float(risk.mean())
+
+
+COMMON: tuple[Metric, ...] = (
+    Metric("acc", "share of the queries that are answered correctly", _accuracy),
+    Metric(
+        "acc_offered",
+        "accuracy when the method may only choose among the classes that the question offers",
+        _offered_accuracy,
+    ),
+    Metric("macro_f1", "mean over the classes of F1 = 2 TP / (2 TP + FP + FN)", _macro_f1),
+    Metric("auroc", "area under the ROC curve; with more than two classes the mean of one-vs-rest", _auroc),
+    Metric(
+        "ece",
+        "expected calibration error: mean gap between confidence and accuracy over 15 equal bins (Guo et al. 2017)",
+        _calibration_error,
+        higher_is_better=False,
+    ),
+    Metric(
+        "brier",
+        "squared distance between probabilities and truth, summed over classes (Brier 1950)",
+        _brier,
+        higher_is_better=False,
+    ),
+    Metric("log_loss", "minus log probability of the right class, in nats", _log_loss, higher_is_better=False),
+    Metric(
+        "aurc",
+        "area under the risk-coverage curve: mean error rate over all numbers of most confident answers kept "
+        "(Geifman and El-Yaniv 2017)",
+        _area_under_risk_coverage,
+        higher_is_better=False,
+    ),
+)
+"""The metrics of every task, where they apply."""

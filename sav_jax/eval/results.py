@@ -1,78 +1,242 @@
-"""Results as a table and as files in the shape of lmms-eval's, with the method in the place of its filter."""
+"""Results: what was measured, as a table and as files in the shape of lmms-eval's, with the method in the place of its
+filter.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from sav_jax.eval.methods import Method, Outcome, Settings
-from sav_jax.eval.tasks import Split, Task, example_digest
+from sav_jax.eval.calibration import fit_temperature, probabilities
+from sav_jax.eval.features import Features
+from sav_jax.eval.methods.base import Method, Outcome
+from sav_jax.eval.metrics import COMMON, Answers, Metric, Units
+from sav_jax.eval.statistics import Interval, cluster_interval, resampled_interval
+from sav_jax.eval.sweeps import Sweep
+from sav_jax.eval.tasks.base import Split, Task
 
-_PACKAGES = ("sav-jax", "jax", "flax", "transformers", "numpy", "pillow", "scikit-learn")
+_PACKAGES = ("sav-jax", "jax", "flax", "transformers", "numpy", "pillow", "scikit-learn", "scipy")
+_RESAMPLES = 200  # of metrics that are no means: each is computed anew
 
 
 @dataclass(frozen=True)
 class Run:
-    """One method on one task."""
+    """One method on one split of one task.
+
+    Attributes:
+      task, method, split, outcome: what was asked, how, and what came out.
+      shots, seed: of the split.
+      answers: what metrics are computed from; None if the method has no predictions.
+      temperature: that made probabilities of its scores, if it has scores.
+      seconds: without those spent in models, whose features all methods share.
+      names: a digest of each query.
+      sweep: curves, of the method "sav".
+    """
 
     task: Task
     method: Method
     split: Split
     outcome: Outcome
-    seconds: float  # without those spent in the model, whose features all methods share
+    shots: int
+    seed: int
+    answers: Answers | None
+    temperature: float | None
+    seconds: float
+    names: tuple[str, ...]
+    sweep: Sweep | None = None
+
+
+def make_run(
+    features: Features, method: Method, outcome: Outcome, names: tuple[str, ...], seconds: float, sweep: Sweep | None
+) -> Run:
+    """Turn a method's scores into probabilities and gather what results are made of."""
+    split, settings = features.split, features.settings
+    temperature, shares, answers = None, None, None
+    if outcome.scores is not None:
+        temperature = 1.0
+        if outcome.support_scores is not None:
+            temperature = fit_temperature(outcome.support_scores, features.targets)
+        shares = probabilities(outcome.scores, temperature)
+    if outcome.predictions is not None:
+        answers = Answers(
+            split.queries, split.labels, outcome.predictions, outcome.scores, shares, outcome.texts, names
+        )
+    return Run(
+        features.task,
+        method,
+        split,
+        outcome,
+        settings.shots,
+        settings.seed,
+        answers,
+        temperature,
+        seconds,
+        names,
+        sweep,
+    )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric over all seeds.
+
+    Attributes:
+      mean: over the seeds.
+      sd: sample standard deviation between seeds, None with one seed.
+      stderr, ci: of the mean, by resampling queries; None where they were not computed.
+      per_seed: the values.
+    """
+
+    mean: float
+    sd: float | None
+    stderr: float | None
+    ci: tuple[float, float] | None
+    per_seed: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method on a task with one number of shots, over all seeds."""
+
+    key: str
+    runs: tuple[Run, ...]
+    metrics: Mapping[str, Estimate]
+    subsets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
-    def right(self) -> np.ndarray | None:
-        """Whether each query was answered correctly, bool [N]; None without predictions."""
-        if self.outcome.predictions is None:
-            return None
-        return np.array(self.outcome.predictions) == np.array([query.label for query in self.split.queries])
+    def task(self) -> Task:
+        return self.runs[0].task
 
     @property
-    def accuracy(self) -> float:
-        if self.right is None:
-            assert self.outcome.accuracy is not None
-            return self.outcome.accuracy
-        return float(self.right.mean())
+    def method(self) -> Method:
+        return self.runs[0].method
 
     @property
-    def standard_error(self) -> float | None:
-        """Of the accuracy, as lmms-eval takes it: sample standard deviation / sqrt(N)."""
-        if self.right is None or len(self.right) < 2:
-            return None
-        return float(self.right.std(ddof=1) / np.sqrt(len(self.right)))
+    def shots(self) -> int:
+        return self.runs[0].shots
+
+    @property
+    def primary(self) -> str:
+        """The metric to look at: the task's, or accuracy where the method does not have it (no probabilities)."""
+        return self.task.metric if self.task.metric in self.metrics else "acc"
 
 
-def table(runs: Sequence[Run], shots: int) -> str:
+def summarise(key: str, runs: Sequence[Run]) -> Summary:
+    """Compute every metric of the runs of one method on one task with one number of shots."""
+    runs = tuple(runs)
+    task = runs[0].task
+    if runs[0].answers is None:
+        values = tuple(float(run.outcome.accuracy) for run in runs if run.outcome.accuracy is not None)
+        return Summary(key, runs, {"acc": _estimate(values, None)})
+    answers = [run.answers for run in runs if run.answers is not None]
+    metrics = {}
+    for metric in (*COMMON, *task.metrics):
+        estimate = _measure(metric, answers, primary=metric.name == task.metric)
+        if estimate is not None:
+            metrics[metric.name] = estimate
+    return Summary(key, runs, metrics, _subsets(task, answers))
+
+
+def _measure(metric: Metric, answers: Sequence[Answers], *, primary: bool) -> Estimate | None:
+    values = [metric.compute(part) for part in answers]
+    units = [value for value in values if isinstance(value, Units)]
+    if len(units) == len(values):
+        per_seed = tuple(float(part.values.mean()) for part in units)
+        return _estimate(per_seed, cluster_interval([u.values for u in units], [u.clusters for u in units]))
+    numbers = tuple(value for value in values if isinstance(value, float))
+    if len(numbers) < len(values):
+        return None
+    return _estimate(numbers, _whole_interval(metric, answers) if primary else None)
+
+
+def _whole_interval(metric: Metric, answers: Sequence[Answers]) -> Interval | None:
+    """Resample clusters of queries, the same of every seed, and compute the metric anew."""
+    names = sorted({name for part in answers for name in part.clusters})
+    rows: list[dict[str, list[int]]] = []
+    for part in answers:
+        of_name: dict[str, list[int]] = {}
+        for row, name in enumerate(part.clusters):
+            of_name.setdefault(name, []).append(row)
+        rows.append(of_name)
+
+    def compute(index: np.ndarray) -> float:
+        values = []
+        for part, of_name in zip(answers, rows, strict=True):
+            taken = [row for i in index for row in of_name.get(names[i], ())]
+            value = metric.compute(part.take(np.array(taken, np.int64))) if taken else None
+            values.append(float("nan") if not isinstance(value, float) else value)
+        return float(np.mean(values))
+
+    return resampled_interval(compute, len(names), resamples=_RESAMPLES)
+
+
+def _estimate(per_seed: tuple[float, ...], interval: Interval | None) -> Estimate:
+    sd = float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None
+    if interval is None or not np.isfinite(interval.stderr):
+        return Estimate(float(np.mean(per_seed)), sd, None, None, per_seed)
+    return Estimate(float(np.mean(per_seed)), sd, interval.stderr, (interval.low, interval.high), per_seed)
+
+
+def _subsets(task: Task, answers: Sequence[Answers]) -> dict[str, dict[str, float]]:
+    """Means over the seeds of every metric on each named part of the data."""
+    found: dict[str, dict[str, float]] = {}
+    for subset in sorted({item.subset for part in answers for item in part.items if item.subset}):
+        parts = [part.take(np.flatnonzero([item.subset == subset for item in part.items])) for part in answers]
+        for metric in (*COMMON, *task.metrics):
+            values = [metric.compute(part) for part in parts if part.items]
+            numbers = [float(v.values.mean()) if isinstance(v, Units) else v for v in values if v is not None]
+            if numbers:
+                found.setdefault(subset, {})[metric.name] = float(np.mean(numbers))
+    return found
+
+
+# The table
+
+
+def table(summaries: Sequence[Summary]) -> str:
     """A Markdown table, aligned so that it also reads as plain text."""
-    head = ["task", "method", "shots", "accuracy", "stderr", "queries"]
+    several = any(len(summary.runs) > 1 for summary in summaries)
+    head = ["task", "method", "shots", "metric", "value", "stderr", "95 % interval"]
+    head += ["sd of seeds"] * several + ["queries"]
     rows = []
-    for run in runs:
-        error = run.standard_error
+    for summary in summaries:
+        name = summary.primary
+        estimate = summary.metrics[name]
         rows.append(
             [
-                run.task.name,
-                run.method.name,
-                str(shots if run.method.uses_support else 0),
-                f"{run.accuracy:.4f}",
-                "" if error is None else f"{error:.4f}",
-                str(len(run.split.queries)),
+                summary.task.name,
+                summary.method.name,
+                str(summary.shots if summary.method.uses_support else 0),
+                name,
+                f"{estimate.mean:.4f}",
+                "" if estimate.stderr is None else f"{estimate.stderr:.4f}",
+                "" if estimate.ci is None else f"{estimate.ci[0]:.3f} - {estimate.ci[1]:.3f}",
+                *(["" if estimate.sd is None else f"{estimate.sd:.4f}"] * several),
+                str(len(summary.runs[0].split.queries)),
             ]
         )
+    return aligned(head, rows, {0, 1, 3})
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: set[int]) -> str:
+    """A Markdown table with columns of equal width, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    text, number = (lambda cell, width: cell.ljust(width)), (lambda cell, width: cell.rjust(width))
-    align = [text, text, number, number, number, number]
-    rule = [("-" * width) if pad is text else "-" * (width - 1) + ":" for pad, width in zip(align, widths, strict=True)]
-    lines = [head, rule, *rows]
+    rule = ["-" * w if i in text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     return "\n".join(
-        "| " + " | ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)) + " |"
-        for line in lines
+        "| "
+        + " | ".join(
+            cell.ljust(w) if i in text_columns else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in (head, rule, *rows)
     )
 
 
@@ -82,64 +246,77 @@ def chosen_heads(run: Run) -> str:
     assert classifier is not None
     heads = [f"{layer}.{head} ({classifier.scores[layer, head]})" for layer, head in classifier.heads]
     return (
-        f"{run.task.name}, {run.method.name}: layer.head (of {len(run.split.support)} examples right), best first: "
-        + ", ".join(heads)
+        f"{run.task.name}, {run.method.name}, {run.shots} shots, seed {run.seed}: layer.head (of "
+        f"{len(run.split.support)} examples right), best first: " + ", ".join(heads)
     )
 
 
-def results_json(runs: Sequence[Run], settings: Settings, model: dict[str, Any], timing: dict[str, Any]) -> bytes:
-    """Make ``results.json``: lmms-eval's keys, ``"acc,METHOD"`` being its ``"acc,FILTER"``; ours under ``sav_jax``."""
-    tasks = {run.task.name: run for run in runs}
-    results: dict[str, dict[str, Any]] = {name: {"alias": name} for name in tasks}
-    heads: dict[str, dict[str, Any]] = {}
-    for run in runs:
-        entry = results[run.task.name]
-        entry[f"acc,{run.method.name}"] = run.accuracy
-        entry[f"acc_stderr,{run.method.name}"] = "N/A" if run.standard_error is None else run.standard_error
-        if classifier := run.outcome.classifier:
-            heads.setdefault(run.task.name, {})[run.method.name] = {
-                "heads": classifier.heads,
-                "head_scores": classifier.scores.tolist(),
-            }
+# The files
+
+
+def results_json(
+    summaries: Sequence[Summary],
+    config: Mapping[str, Any],
+    model: Mapping[str, Any],
+    timing: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    groups: Mapping[str, tuple[str, ...]],
+) -> bytes:
+    """Make ``results.json``: lmms-eval's keys, ``"acc,METHOD"`` being its ``"acc,FILTER"``; ours under ``sav_jax``.
+
+    Args:
+      summaries: what was measured.
+      config: what the command was asked for.
+      model: name, fingerprint and the like; empty if no model was needed.
+      timing: start, end, seconds.
+      extra: further entries of ``sav_jax``.
+      groups: benchmarks of several tasks -> names of tasks.
+    """
+    first = {summary.key: summary for summary in reversed(summaries)}
+    keys = list(dict.fromkeys(summary.key for summary in summaries))
+    results: dict[str, dict[str, Any]] = {
+        key: {"alias": first[key].task.name if key == first[key].task.name else f"{first[key].task.name} "
+              f"({first[key].shots} shots)"}
+        for key in keys
+    }  # fmt: skip
+    for summary in summaries:
+        for name, estimate in summary.metrics.items():
+            results[summary.key][f"{name},{summary.method.name}"] = estimate.mean
+            results[summary.key][f"{name}_stderr,{summary.method.name}"] = (
+                "N/A" if estimate.stderr is None else estimate.stderr
+            )
+    subtasks = {group: [key for key in keys if first[key].task.name in names] for group, names in groups.items()}
+    better = {metric.name: metric.higher_is_better for metric in COMMON}
+    of_task = {
+        key: better | {metric.name: metric.higher_is_better for metric in first[key].task.metrics} for key in keys
+    }
     content = {
         "results": results,
-        "group_subtasks": {},
-        "configs": {
-            name: {
-                "task": name,
-                "description": run.task.description,
-                "output_type": "multiple_choice",
-                "doc_to_choice": run.split.labels,
-                "doc_to_text": sorted({example.question for example in run.split.queries})[:10],
-                "num_fewshot": settings.shots,
-                "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-                "metadata": {"version": run.task.version},
-            }
-            for name, run in tasks.items()
-        },
-        "versions": {name: run.task.version for name, run in tasks.items()},
-        "n-shot": dict.fromkeys(tasks, settings.shots),
-        "higher_is_better": {name: {"acc": True} for name in tasks},
+        "group_subtasks": {group: members for group, members in subtasks.items() if members},
+        "configs": {key: _task_config(first[key]) for key in keys},
+        "versions": {key: first[key].task.version for key in keys},
+        "n-shot": {key: first[key].shots for key in keys},
+        "higher_is_better": of_task,
         "n-samples": {
-            name: {"original": run.split.available, "effective": len(run.split.queries)} for name, run in tasks.items()
+            key: {
+                "original": first[key].runs[0].split.available,
+                "effective": len(first[key].runs[0].split.queries),
+            }
+            for key in keys
         },
-        "config": {
-            "model": "sav_jax",
-            "model_args": model,
-            "batch_size": settings.batch_size,
-            "limit": settings.limit,
-            "random_seed": settings.seed,
-            "num_heads": settings.num_heads,
-        },
-        "task_hashes": {name: run.split.digest for name, run in tasks.items()},
+        "config": {"model": "sav_jax", "model_args": dict(model), **config},
+        "task_hashes": {key: first[key].runs[0].split.digest for key in keys},
         "model_source": "sav_jax",
         "model_name": model.get("name"),
         **timing,
         "sav_jax": {
-            "heads": heads,
-            "seconds": {
-                name: {run.method.name: run.seconds for run in runs if run.task.name == name} for name in tasks
-            },
+            "runs": [_summary_json(summary) for summary in summaries],
+            "tasks": {first[key].task.name: _task_json(first[key].task, first[key].runs[0].split) for key in keys},
+            "splits": {key: {str(run.seed): _split_json(run.split) for run in first[key].runs} for key in keys},
+            "heads": _by_key(summaries, _heads_json),
+            "curves": _by_key(summaries, _curves_json),
+            "groups": _groups_json(summaries, subtasks),
+            **extra,
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in _PACKAGES},
         },
@@ -147,29 +324,140 @@ def results_json(runs: Sequence[Run], settings: Settings, model: dict[str, Any],
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def samples_jsonl(runs: Sequence[Run]) -> bytes:
-    """``samples_TASK.jsonl``: one row per query and method, in lmms-eval's shape; the runs are of one task."""
-    digests = [example_digest(query) for query in runs[0].split.queries]
-    lines = []
-    for run in runs:
-        if run.outcome.predictions is None:
-            continue
-        for index, (query, prediction) in enumerate(zip(run.split.queries, run.outcome.predictions, strict=True)):
-            line: dict[str, Any] = {
-                "doc_id": index,
-                "filter": run.method.name,
-                "doc": {"id": query.id, "source": query.source},
-                "input": query.question,
-                "target": query.label,
-                "resps": [[prediction]],
-                "filtered_resps": [prediction],
-                "doc_hash": digests[index],
-                "acc": float(prediction == query.label),
-            }
-            if run.outcome.probabilities is not None:
-                row = run.outcome.probabilities[index]
-                line["probabilities"] = {
-                    name: round(float(p), 6) for name, p in zip(run.split.labels, row, strict=True)
-                }
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+def _task_config(summary: Summary) -> dict[str, Any]:
+    task, split = summary.task, summary.runs[0].split
+    return {
+        "task": task.name,
+        "description": task.description,
+        "output_type": "multiple_choice",
+        "doc_to_choice": split.labels,
+        "doc_to_text": sorted({item.example.question for item in split.queries})[:10],
+        "num_fewshot": summary.shots,
+        "metric_list": [
+            {"metric": metric.name, "aggregation": "mean", "higher_is_better": metric.higher_is_better}
+            for metric in (*COMMON, *task.metrics)
+            if metric.name in summary.metrics
+        ],
+        "metadata": {"version": task.version},
+    }
+
+
+def _task_json(task: Task, split: Split) -> dict[str, Any]:
+    return {
+        "description": task.description,
+        "labels": split.labels,
+        "metric": task.metric,
+        "version": task.version,
+        "source": task.source,
+        "prompt": task.prompt,
+    }
+
+
+def _split_json(split: Split) -> dict[str, Any]:
+    return {
+        "digest": split.digest,
+        "support": len(split.support),
+        "queries": len(split.queries),
+        "available": split.available,
+        "leaked": split.leaked,
+    }
+
+
+def _summary_json(summary: Summary) -> dict[str, Any]:
+    temperatures = [run.temperature for run in summary.runs]
+    return {
+        "task": summary.task.name,
+        "key": summary.key,
+        "method": summary.method.name,
+        "shots": summary.shots,
+        "seeds": [run.seed for run in summary.runs],
+        "metric": summary.primary,
+        "uses_support": summary.method.uses_support,
+        "metrics": {name: dataclasses.asdict(estimate) for name, estimate in summary.metrics.items()},
+        "subsets": summary.subsets,
+        "seconds": round(sum(run.seconds for run in summary.runs), 3),
+        "temperature": None if None in temperatures else temperatures,
+        "facts": {str(run.seed): run.outcome.facts for run in summary.runs if run.outcome.facts},
+    }
+
+
+def _by_key(summaries: Sequence[Summary], make: Any) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for summary in summaries:
+        content = make(summary)
+        if content:
+            found.setdefault(summary.key, {})[summary.method.name] = content
+    return found
+
+
+def _heads_json(summary: Summary) -> dict[str, Any]:
+    return {
+        str(run.seed): {
+            "heads": run.outcome.classifier.heads,
+            "head_scores": run.outcome.classifier.scores.tolist(),
+            "support": len(run.split.support),
+        }
+        for run in summary.runs
+        if run.outcome.classifier is not None
+    }
+
+
+def _curves_json(summary: Summary) -> dict[str, Any]:
+    sweeps = [run.sweep for run in summary.runs if run.sweep is not None]
+    if not sweeps:
+        return {}
+    return {
+        "heads": {"x": sweeps[0].numbers, "per_seed": [sweep.by_number for sweep in sweeps]},
+        "depth": {"x": sweeps[0].depths, "per_seed": [sweep.by_depth for sweep in sweeps]},
+    }
+
+
+def _groups_json(summaries: Sequence[Summary], subtasks: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The mean over the tasks of each benchmark of several, by shots and method."""
+    found: dict[str, Any] = {}
+    for group, keys in subtasks.items():
+        means: dict[str, list[float]] = {}
+        for summary in summaries:
+            if summary.key in keys:
+                name = f"{summary.shots} shots, {summary.method.name}"
+                means.setdefault(name, []).append(summary.metrics[summary.primary].mean)
+        if means:
+            found[group] = {name: {"mean": float(np.mean(v)), "tasks": len(v)} for name, v in means.items()}
+    return found
+
+
+def samples_jsonl(summaries: Sequence[Summary]) -> bytes:
+    """``samples_KEY.jsonl``: one row per seed, method and query, in lmms-eval's shape; the summaries are of one key."""
+    return b"".join(_samples(run) for summary in summaries for run in summary.runs if run.answers is not None)
+
+
+def _samples(run: Run) -> bytes:
+    answers, lines = run.answers, []
+    assert answers is not None
+    for index, (item, prediction) in enumerate(zip(answers.items, answers.predictions, strict=True)):
+        said = prediction if answers.texts is None else answers.texts[index]
+        line: dict[str, Any] = {
+            "doc_id": index,
+            "seed": run.seed,
+            "shots": run.shots,
+            "filter": run.method.name,
+            "doc": {
+                "id": item.example.id,
+                "source": item.example.source,
+                "group": item.group,
+                "role": item.role,
+                "subset": item.subset,
+            },
+            "input": item.example.question,
+            "target": item.example.label,
+            "resps": [[said]],
+            "filtered_resps": [prediction],
+            "doc_hash": run.names[index],
+            "split_hash": run.split.digest,
+            "acc": float(prediction == item.example.label),
+        }
+        if answers.probabilities is not None:
+            shares = zip(answers.labels, answers.probabilities[index], strict=True)
+            line["probabilities"] = {label: round(float(p), 6) for label, p in shares}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines).encode()

@@ -5,89 +5,228 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sav_jax._files import check_output_folder, write_folder
-from sav_jax.eval.methods import Features, Method, Settings
-from sav_jax.eval.results import Run, chosen_heads, results_json, samples_jsonl, table
-from sav_jax.eval.tasks import Task, split_task
+from sav_jax.errors import UserError
+from sav_jax.eval.disagreements import disagreements
+from sav_jax.eval.features import Features, Reader, Universe
+from sav_jax.eval.methods.base import Method, Settings
+from sav_jax.eval.plots import head_map
+from sav_jax.eval.results import (
+    Run,
+    Summary,
+    chosen_heads,
+    make_run,
+    results_json,
+    samples_jsonl,
+    summarise,
+    table,
+)
+from sav_jax.eval.sweeps import sweep
+from sav_jax.eval.tasks.base import Digests, Item, Split, Task, split_task
 from sav_jax.lmm import LMM
+from sav_jax.models.processor import image_settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison is run with.
+
+    Attributes:
+      shots, seeds: every number of shots is run with every seed.
+      num_heads, demonstrations, max_new_tokens, batch_size, cache, clip, siglip: see
+        :class:`sav_jax.eval.methods.Settings`.
+      limit: answer only so many queries of each task; None for all.
+      allow_leak: go on when a query also stands in the support.
+      data_dir: folder of the benchmarks' files; those of a task are in its sub-folder.
+      log_samples: write every single answer.
+    """
+
+    shots: tuple[int, ...] = (20,)
+    seeds: tuple[int, ...] = (0,)
+    num_heads: int = 20
+    demonstrations: int = 4
+    max_new_tokens: int = 32
+    limit: int | None = None
+    batch_size: int = 8
+    cache: str | None = None
+    clip: str | None = None
+    siglip: str | None = None
+    allow_leak: bool = False
+    data_dir: Path = Path("data")
+    log_samples: bool = True
+
+    def settings(self, shots: int, seed: int) -> Settings:
+        """What a method is run with on one split."""
+        return Settings(
+            shots=shots,
+            seed=seed,
+            num_heads=self.num_heads,
+            demonstrations=self.demonstrations,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            cache=self.cache,
+            clip=self.clip,
+            siglip=self.siglip,
+        )
 
 
 def evaluate(
-    load: Callable[[], LMM], tasks: Sequence[Task], methods: Sequence[Method], settings: Settings, output: Path
-) -> list[Run]:
-    """Compare methods on tasks; print a table and write ``results.json``, ``samples_TASK.jsonl`` and
-    ``heads_TASK.png``.
+    load: Callable[[], LMM],
+    tasks: Sequence[Task],
+    methods: Sequence[Method],
+    plan: Plan,
+    output: Path,
+    groups: Mapping[str, tuple[str, ...]] | None = None,
+) -> list[Summary]:
+    """Compare methods on tasks; print a table and write ``results.json``, ``samples_KEY.jsonl``, ``heads_KEY.png`` and
+    ``images/``.
 
-    Every example passes through the model once for its heads, however many methods read them, and not at all if they
-    are in the feature cache.
+    Every distinct prompt passes through the model once, however many methods, numbers of shots and seeds look at it,
+    and not at all if it is in the feature cache.
 
     Args:
       load: loads the model; called once, and only if a method needs it.
       tasks: what to answer.
       methods: how.
-      settings: the rest.
+      plan: the rest.
       output: a folder; earlier results of the same name in it are replaced at the end, others stay.
+      groups: benchmarks of several tasks -> names of their tasks.
 
     Returns:
-      One run per task and method, in that order.
+      One summary per task, number of shots and method, in that order.
 
     Raises:
       UserError: for bad input; nothing is then written.
     """
-    from sav_jax.eval.plots import head_map
-
     check_output_folder(output)
+    _check(plan, methods)
     began, start = datetime.datetime.now(datetime.UTC), time.perf_counter()
-    loaded: list[LMM] = []
-
-    def load_once() -> LMM:
-        if not loaded:
-            loaded.append(load())
-        return loaded[0]
-
-    runs: list[Run] = []
-    in_model = 0.0
+    reader = Reader(load, plan.batch_size, plan.cache)
+    summaries: list[Summary] = []
     files: dict[str, bytes] = {}
-    for task in tasks:
-        split = split_task(task, settings.shots, settings.seed, settings.limit)
-        print(
-            f"{task.name}: {len(split.labels)} classes, {len(split.support)} labelled examples, "
-            f"{len(split.queries)} queries",
-            file=sys.stderr,
+    strangest: dict[str, Any] = {}
+    # All splits of all tasks before any model runs: a missing file or too small a class is found at once.
+    prepared = [(task, *_split(task, plan)) for task in tasks]
+    for task, universe_items, splits, digests in prepared:
+        _say(f"{task.name}: {_described(splits)}")
+        universe = Universe(
+            task, universe_items, next(iter(splits.values())).labels, reader, max_new_tokens=plan.max_new_tokens
         )
-        features = Features(load_once, split, settings)
-        for method in methods:
-            method_start = time.perf_counter() - features.seconds
-            outcome = method.run(features)
-            seconds = time.perf_counter() - features.seconds - method_start  # without the model's
-            runs.append(Run(task, method, split, outcome, round(seconds, 3)))
-        in_model += features.seconds
-        of_task = [run for run in runs if run.task is task]
-        files[f"samples_{task.name}.jsonl"] = samples_jsonl(of_task)
-        for run in of_task:
-            if run.method.name == "sav" and run.outcome.classifier is not None:
-                title = f"{task.name}: which attention heads of {Path(load_once().name).name} tell the classes apart"
-                files[f"heads_{task.name}.png"] = head_map(run.outcome.classifier, title)
+        for shots in plan.shots:
+            key = task.name if len(plan.shots) == 1 else f"{task.name}_{shots}shot"
+            of_key = []
+            for method in methods:
+                runs = []
+                for seed in plan.seeds:
+                    features = Features(universe, splits[shots, seed], plan.settings(shots, seed))
+                    runs.append(_run(features, method, digests))
+                of_key.append(summarise(key, runs))
+                best = of_key[-1].metrics[of_key[-1].primary]
+                _say(f"  {key}, {method.name}: {of_key[-1].primary} {best.mean:.4f}")
+            summaries += of_key
+            if plan.log_samples:
+                files[f"samples_{key}.jsonl"] = samples_jsonl(of_key)
+            for summary in of_key:
+                run = summary.runs[0]
+                if summary.method.name == "sav" and run.outcome.classifier is not None:
+                    title = f"{task.name}: which attention heads of {Path(reader.lmm.name).name} tell the classes apart"
+                    files[f"heads_{key}.png"] = head_map(run.outcome.classifier, title)
+                    features = Features(universe, run.split, plan.settings(shots, run.seed))
+                    strangest[key], pictures = disagreements(run, features, key)
+                    files |= pictures
 
     model: dict[str, Any] = {}
-    if loaded:
-        model = {"name": loaded[0].name, "fingerprint": loaded[0].fingerprint, "dtype": str(loaded[0].dtype)}
-    ended = datetime.datetime.now(datetime.UTC)
+    if "lmm" in vars(reader):
+        lmm = reader.lmm
+        model = {
+            "name": lmm.name,
+            "fingerprint": lmm.fingerprint,
+            "dtype": str(lmm.dtype),
+            "chat_template": lmm.processor.chat_template,
+            "image_processor": image_settings(lmm.processor.image_processor),  # pixel limits among others
+        }
     timing = {
         "start_time": began.isoformat(timespec="seconds"),
-        "end_time": ended.isoformat(timespec="seconds"),
+        "end_time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "total_evaluation_time_seconds": round(time.perf_counter() - start, 3),
-        "model_time_seconds": round(in_model, 3),
+        "model_time_seconds": round(reader.seconds, 3),
     }
-    files["results.json"] = results_json(runs, settings, model, timing)
+    config = {
+        "batch_size": plan.batch_size,
+        "limit": plan.limit,
+        "random_seed": plan.seeds[0],
+        "seeds": plan.seeds,
+        "shots": plan.shots,
+        "num_heads": plan.num_heads,
+        "demonstrations": plan.demonstrations,
+        "max_new_tokens": plan.max_new_tokens,
+        "allow_leak": plan.allow_leak,
+        "clip": plan.clip,
+        "siglip": plan.siglip,
+    }
+    passes = {"forward": reader.passes, "prompts": len(reader.prompts)}
+    extra = {"passes": passes, "disagreements": strangest}
+    files["results.json"] = results_json(summaries, config, model, timing, extra, groups or {})
     write_folder(output, files)
-    print(table(runs, settings.shots))
-    for run in runs:
-        if run.method.name == "sav":
-            print(f"\n{chosen_heads(run)}")
-    print(f"\nwritten to {output}: {', '.join(files)}")
-    return runs
+    print(table(summaries))
+    for summary in summaries:
+        if summary.method.name == "sav":
+            print(f"\n{chosen_heads(summary.runs[0])}")
+    print(
+        f"\nforward passes: {reader.passes} (distinct prompts: {len(reader.prompts)}, of which "
+        f"{len(reader.prompts) - reader.passes} were in the cache)"
+    )
+    kept = [name for name in files if not name.startswith("images/")]
+    print(f"written to {output}: {', '.join(kept)}")
+    return summaries
+
+
+def _check(plan: Plan, methods: Sequence[Method]) -> None:
+    for what, values in (("--shots", plan.shots), ("--seeds", plan.seeds)):
+        if not values:
+            raise UserError(f"{what} names no number")
+        if len(set(values)) < len(values):
+            raise UserError(f"{what} names a number twice")
+    if plan.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, not {plan.max_new_tokens}")
+
+
+def _split(task: Task, plan: Plan) -> tuple[tuple[Item, ...], dict[tuple[int, int], Split], Digests]:
+    """Every split of a task, and all items that any of them holds, in the data's order."""
+    data = task.load(plan.data_dir / task.name)
+    digests = Digests()
+    splits = {
+        (shots, seed): split_task(task, data, shots, seed, plan.limit, allow_leak=plan.allow_leak, digests=digests)
+        for shots in plan.shots
+        for seed in plan.seeds
+    }
+    used = {id(item) for split in splits.values() for item in (*split.support, *split.queries)}
+    everything = {id(item): item for item in (*data.pool, *(data.queries or ()))}
+    return tuple(item for name, item in everything.items() if name in used), splits, digests
+
+
+def _run(features: Features, method: Method, digests: Digests) -> Run:
+    in_model, start = features.reader.seconds, time.perf_counter()
+    outcome = method.run(features)
+    seconds = time.perf_counter() - start - (features.reader.seconds - in_model)
+    curves = sweep(features, features.settings.num_heads) if method.name == "sav" else None
+    names = tuple(digests.whole(item) for item in features.split.queries)
+    return make_run(features, method, outcome, names, seconds, curves)
+
+
+def _described(splits: Mapping[tuple[int, int], Split]) -> str:
+    first = next(iter(splits.values()))
+    support = " or ".join(dict.fromkeys(str(len(split.support)) for split in splits.values()))
+    queries = " or ".join(dict.fromkeys(str(len(split.queries)) for split in splits.values()))
+    leaked = max(split.leaked for split in splits.values())
+    told = f"; {leaked} QUERIES ALSO STAND IN THE SUPPORT" if leaked else ""
+    return f"{len(first.labels)} classes, {support} labelled examples, {queries} queries{told}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -12,3 +12,8 @@ GROUPS: dict[str, tuple[str, ...]] = {}
 """Benchmarks of several tasks, whose score is the mean over them: name -> names of tasks."""
 
 __all__ = ["GROUPS", "TASKS", "Data", "Item", "Split", "Task", "default_data_dir", "split_task"]
+
+
+def find_tasks(names: str) -> list[Task]:
+    """Look up tasks by their names, separated by commas."""
+    return [TASKS[name] for name in names.split(",")]
