@@ -2,9 +2,9 @@
 
 What is uncertain is which queries were asked. Queries that belong together (the questions of one group, the same
 query asked under several seeds) are not independent of each other, so all statistics here resample or sum whole
-*clusters*, identified by name across the seeds of a run (Miller, "Adding Error Bars to Evals", arXiv 2411.00640; Cameron
-and Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015). How results differ between draws of labelled
-examples is another question, which the standard deviation over seeds answers.
+*clusters*, identified by name across the seeds of a run (Miller, "Adding Error Bars to Evals", arXiv 2411.00640;
+Cameron and Miller, "A Practitioner's Guide to Cluster-Robust Inference", 2015). How results differ between draws of
+labelled examples is another question, which the standard deviation over seeds answers.
 
 Axes: S seeds, U units (queries or groups of them), C clusters, T kinds of clusters, B resamples.
 """
