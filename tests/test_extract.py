@@ -34,7 +34,7 @@ def make_examples(count: int) -> list[Example]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batch sizes of all forward passes made."""
     sizes: list[int] = []
-    original = extract._heads_step
+    original = extract.heads_step
 
     def counting(*arguments: Any) -> Any:
         step = original(*arguments)
@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return counted
 
-    monkeypatch.setattr(extract, "_heads_step", counting)
+    monkeypatch.setattr(extract, "heads_step", counting)
     return sizes
 
 

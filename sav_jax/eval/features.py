@@ -10,15 +10,18 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sav_jax.errors import UserError
-from sav_jax.eval.methods.base import Settings
 from sav_jax.eval.tasks.base import Item, Split, Task
 from sav_jax.examples import Example
 from sav_jax.lmm import LMM
 from sav_jax.reading import Readings, read
+
+if TYPE_CHECKING:
+    from sav_jax.eval.methods.base import Settings
 
 
 @dataclass(frozen=True)

@@ -156,32 +156,25 @@ def _measure(metric: Metric, answers: Sequence[Answers], *, primary: bool) -> Es
     return _estimate(numbers, _whole_interval(metric, answers) if primary else None)
 
 
-def _whole_interval(metric: Metric, answers: Sequence[Answers]) -> Interval | None:
-    """Resample clusters of queries, the same of every seed, and compute the metric anew."""
-    names = sorted({name for part in answers for name in part.clusters})
-    rows: list[dict[str, list[int]]] = []
-    for part in answers:
-        of_name: dict[str, list[int]] = {}
-        for row, name in enumerate(part.clusters):
-            of_name.setdefault(name, []).append(row)
-        rows.append(of_name)
+def _whole_interval(metric: Metric, answers: Sequence[Answers]) -> Interval:
+    """Of a metric that is no mean: resample clusters of queries and compute it anew."""
+    starts = np.cumsum([0, *(len(part.items) for part in answers)])
+    seeds = np.repeat(np.arange(len(answers)), np.diff(starts))
 
     def compute(index: np.ndarray) -> float:
-        values = []
-        for part, of_name in zip(answers, rows, strict=True):
-            taken = [row for i in index for row in of_name.get(names[i], ())]
-            value = metric.compute(part.take(np.array(taken, np.int64))) if taken else None
-            values.append(float("nan") if not isinstance(value, float) else value)
-        return float(np.mean(values))
+        """On queries of one seed, numbered through over all seeds."""
+        seed = seeds[index[0]]
+        value = metric.compute(answers[seed].take(index - starts[seed]))
+        return value if isinstance(value, float) else float("nan")
 
-    return resampled_interval(compute, len(names), resamples=_RESAMPLES)
+    clusters = [name for part in answers for name in part.clusters]
+    return resampled_interval(compute, len(seeds), clusters=clusters, seeds=seeds.tolist(), resamples=_RESAMPLES)
 
 
 def _estimate(per_seed: tuple[float, ...], interval: Interval | None) -> Estimate:
     sd = float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None
-    if interval is None or not np.isfinite(interval.stderr):
-        return Estimate(float(np.mean(per_seed)), sd, None, None, per_seed)
-    return Estimate(float(np.mean(per_seed)), sd, interval.stderr, (interval.low, interval.high), per_seed)
+    stderr, ci = (None, None) if interval is None else (interval.stderr, interval.ci)
+    return Estimate(float(np.mean(per_seed)), sd, stderr, ci, per_seed)
 
 
 def _subsets(task: Task, answers: Sequence[Answers]) -> dict[str, dict[str, float]]:
