@@ -15,7 +15,7 @@ import pytest
 from checkpoints import Reference, picture
 
 import sav_jax
-from sav_jax import reading
+from sav_jax import extract, reading
 from sav_jax.examples import Example
 from sav_jax.reading import read
 
@@ -35,7 +35,7 @@ HEADS, SCORES = 1e-5, 1e-4
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Prompts of every batch that is run."""
     rows: list[int] = []
-    original = reading.run_batches
+    original = extract.run_batches
 
     def spy(lmm: Any, step: Any, plans: Any, *rest: Any, **options: Any) -> Any:
         rows.extend(len(plan.rows) for plan in plans)

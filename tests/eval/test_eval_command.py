@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import Reference, picture
 
-from sav_jax import LMM, reading
+from sav_jax import LMM, extract, reading
 from sav_jax.cli import main
 from sav_jax.eval.methods import METHODS
 
@@ -31,7 +31,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path) -> 
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Prompts of every batch that is run."""
     rows: list[int] = []
-    original = reading.run_batches
+    original = extract.run_batches
 
     def spy(model: LMM, step: Any, plans: Any, *rest: Any, **options: Any) -> Any:
         rows.extend(len(plan.rows) for plan in plans)

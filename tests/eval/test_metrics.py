@@ -103,7 +103,9 @@ def test_risk_coverage_is_the_mean_over_all_orders_of_ties() -> None:
         wrong = ~right[[0, *middle, 4]]
         risks.append(np.cumsum(wrong) / np.arange(1, 6))
     expected = np.mean(risks, axis=0)
-    np.testing.assert_allclose(risk_coverage(answers), expected, atol=CLOSE)
+    risk = risk_coverage(answers)
+    assert risk is not None
+    np.testing.assert_allclose(risk, expected, atol=CLOSE)
     np.testing.assert_allclose(value("aurc", answers), expected.mean(), atol=CLOSE)
 
 

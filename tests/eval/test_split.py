@@ -74,7 +74,7 @@ def test_fewer_shots_and_limits_are_part_of_more() -> None:
 )
 def test_impossible_splits(options: dict[str, int], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
-        split_task(grey_task(), Data(grey_items()), **({"seed": 0} | options))
+        split_task(grey_task(), Data(grey_items()), options["shots"], options.get("seed", 0), options.get("limit"))
 
 
 def test_labels_must_be_the_tasks() -> None:
