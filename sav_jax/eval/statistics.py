@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_NAN = float("nan")
 _BLOCK = 2**20  # numbers of a block of resamples that are held at once: 8 MiB
 
 
@@ -25,19 +26,19 @@ class Interval:
 
     Attributes:
       mean: the estimate.
-      stderr: its standard error; None if it cannot be told (fewer than two clusters).
-      low, high: the confidence interval's ends; None if they cannot be told.
+      stderr: its standard error; NaN if it cannot be told (fewer than two clusters).
+      low, high: the confidence interval's ends; NaN if they cannot be told.
     """
 
     mean: float
-    stderr: float | None
-    low: float | None
-    high: float | None
+    stderr: float
+    low: float
+    high: float
 
     @property
     def ci(self) -> tuple[float, float] | None:
-        """The interval, or None."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
+        """The interval, or None if it cannot be told."""
+        return None if np.isnan(self.low) else (self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def cluster_interval(
     mean = _ratio(sums.sum(0), counts.sum(0))
     total = len(sums)
     if total < 2:
-        return Interval(float(mean), None, None, None)
+        return Interval(float(mean), _NAN, _NAN, _NAN)
     stderr = _analytic(sums, counts)
     flat = np.concatenate([np.asarray(of_seed, float) for of_seed in values])
     if flat[0] in (0.0, 1.0) and bool(np.all(flat == flat[0])):
@@ -150,12 +151,12 @@ def resampled_interval(
     total = int(cluster.max()) + 1
     mean = averaged(np.ones(total, int))
     if total < 2:
-        return Interval(mean, None, None, None)
+        return Interval(mean, _NAN, _NAN, _NAN)
     rng = np.random.default_rng(seed)
     draws = np.array([averaged(np.bincount(rng.integers(0, total, total), minlength=total)) for _ in range(resamples)])
     draws = draws[~np.isnan(draws)]
     if 2 * len(draws) < resamples:
-        return Interval(mean, None, None, None)
+        return Interval(mean, _NAN, _NAN, _NAN)
     return Interval(mean, float(draws.std(ddof=1)), *_percentiles(draws, level))
 
 
@@ -202,7 +203,7 @@ def paired_bootstrap(
     sums, counts = _per_cluster(differences, clusters)
     mean = float(_ratio(sums.sum(0), counts.sum(0)))
     if len(sums) < 2:
-        return Difference(Interval(mean, None, None, None), 1.0)
+        return Difference(Interval(mean, _NAN, _NAN, _NAN), 1.0)
     draws = np.concatenate([_ratio(*drawn) for drawn in _resampled(sums, counts, resamples, seed)])
     other_side = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
     p = min(1.0, 2 * (1 + other_side) / (1 + resamples))
