@@ -10,7 +10,15 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sav_jax.eval.statistics import Interval, cluster_interval, holm, mcnemar, paired_bootstrap, resampled_interval
+from sav_jax.eval.statistics import (
+    Interval,
+    cluster_interval,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    resampled_interval,
+    sign_flip_test,
+)
 
 
 def names(count: int) -> list[str]:
@@ -212,15 +220,42 @@ def test_paired_bootstrap_turns_with_its_arguments() -> None:
     assert other.interval.high == pytest.approx(-one.interval.low, abs=0.11 * one.interval.stderr + 1 / 80)
 
 
-def test_paired_bootstrap_finds_a_difference_in_one_of_twenty_where_there_is_none() -> None:
+def test_a_difference_is_found_in_one_of_twenty_where_there_is_none() -> None:
     rng = np.random.default_rng(7)
     p_values = []
     for _ in range(600):
         right = rng.random((2, 2, 150)) < rng.random(150)  # methods, seeds, queries, which differ in difficulty
         a, b = right.astype(float)
-        p_values.append(paired_bootstrap(list(a), list(b), [names(150)] * 2, resamples=600).p)
-    # Binomial error of 600 rounds at 5 %: 0.9 %; four times that. Ties at zero make the test a little conservative.
-    assert 0.014 <= np.mean(np.array(p_values) < 0.05) <= 0.086
+        pair = (list(a), list(b), [names(150)] * 2)
+        p_values.append((paired_bootstrap(*pair, resamples=600).p, sign_flip_test(*pair, resamples=600)))
+    found = np.mean(np.array(p_values) < 0.05, axis=0)
+    # Binomial error of 600 rounds at 5 %: 0.9 %; four times that. Ties make the tests a little conservative.
+    assert np.all((found >= 0.014) & (found <= 0.086)), found
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 0), (5, 12), (30, 21)])
+def test_flipping_signs_of_single_queries_is_mcnemars_test(only_a: int, only_b: int) -> None:
+    a = np.repeat([1.0, 0.0, 1.0], [only_a, only_b, 10])
+    b = np.repeat([0.0, 1.0, 1.0], [only_a, only_b, 10])
+    exact = mcnemar(a == 1, b == 1).p
+    p = sign_flip_test([a], [b], [names(len(a))], resamples=20_000)
+    # The binomial spread of 20,000 random choices, four times; and the one that is added to the count.
+    assert p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
+
+
+def test_flipping_signs_takes_a_cluster_under_all_seeds_as_one() -> None:
+    # Three groups, all better under B, under two seeds: 2 of 2^3 choices of signs are as extreme, not 2 of 2^12.
+    a, b, groups = [np.zeros(6)] * 2, [np.ones(6)] * 2, [["a", "a", "b", "b", "c", "c"]] * 2
+    # 0.25, with the spread sqrt(0.25 x 0.75 / 10,000) = 0.43 %; four times that.
+    assert sign_flip_test(a, b, groups) == pytest.approx(0.25, abs=0.018)
+
+
+def test_flipping_signs_finds_p_values_that_survive_many_comparisons() -> None:
+    a, b = np.repeat([1.0, 0.0], [20, 180]), np.repeat([0.0, 1.0], [20, 180])
+    p = sign_flip_test([a], [b], [names(200)])
+    # Hoeffding: d = 160/200, sum of squares 200/200^2: 2 exp(-160^2 / (2 x 200)); the exact one is smaller.
+    assert p == pytest.approx(2 * np.exp(-64), rel=1e-9)
+    assert mcnemar(a == 1, b == 1).p < p
 
 
 def test_holm_by_hand() -> None:
