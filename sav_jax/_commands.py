@@ -24,7 +24,7 @@ from sav_jax.lmm import LMM, load
 T = TypeVar("T")
 
 
-def run(options: cli.Fit | cli.Predict | cli.Extract | cli.Eval) -> None:
+def run(options: cli.Fit | cli.Predict | cli.Extract | cli.Eval | cli.Compare | cli.Report) -> None:
     """Run a command.
 
     Raises:
@@ -36,6 +36,10 @@ def run(options: cli.Fit | cli.Predict | cli.Extract | cli.Eval) -> None:
         _predict(options)
     elif isinstance(options, cli.Extract):
         _extract(options)
+    elif isinstance(options, cli.Compare):
+        _compare(options)
+    elif isinstance(options, cli.Report):
+        _report(options)
     else:
         _eval(options)
 
@@ -159,6 +163,34 @@ def _eval(options: cli.Eval) -> None:
         options.output_path,
         GROUPS,
     )
+
+
+def _compare(options: cli.Compare) -> None:
+    from sav_jax.eval.compare import compare, compare_json, table
+    from sav_jax.eval.stored import Results
+
+    if not 1 <= len(options.folders) <= 2:
+        raise UserError(f"'compare' takes one or two results folders, not {len(options.folders)}")
+    if options.output is not None:
+        check_output_file(options.output)
+    a, *others = [Results(folder) for folder in options.folders]
+    methods = [name.strip() for name in (options.methods or "").split(",") if name.strip()]
+    compared = compare(a, others[0] if others else None, baseline=options.baseline, methods=methods)
+    if options.output is not None:
+        write_file(options.output, compare_json(compared))
+    print(table(compared))
+
+
+def _report(options: cli.Report) -> None:
+    from sav_jax.eval.report import write_report
+    from sav_jax.eval.stored import Results
+
+    if not options.folders:
+        raise UserError("'report' takes one or more results folders")
+    output = options.output or options.folders[0] / "report"
+    check_output_folder(output, "report.html")
+    files = write_report([Results(folder) for folder in options.folders], output)
+    print(f"written to {output}: {', '.join(files)}")
 
 
 # What the commands share

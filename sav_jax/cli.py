@@ -23,6 +23,9 @@ def _optional(metavar: str, default: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
+_RESULTS = tyro.conf.arg(metavar="RESULTS [RESULTS ...]", help_behavior_hint="(required)")
+
+
 @dataclass(frozen=True)
 class Running:
     """How the model is run."""
@@ -183,6 +186,30 @@ class Eval:
     running: Running = Running()
 
 
+@dataclass(frozen=True)
+class Compare:
+    folders: tyro.conf.Positional[Annotated[tuple[Path, ...], _RESULTS]]
+    """Results folders of 'sav-jax eval'. Two: each method with itself. One: all methods with --baseline."""
+
+    baseline: Annotated[str | None, _optional("METHOD", "none")] = None
+    """Compare all methods with this one, which is A; it is taken from the first folder."""
+
+    methods: Annotated[str | None, _optional("A,B,...", "all")] = None
+    """Compare only these, names separated by commas."""
+
+    output: Annotated[Path | None, _optional("FILE", "none")] = None
+    """Write the comparisons as JSON, too."""
+
+
+@dataclass(frozen=True)
+class Report:
+    folders: tyro.conf.Positional[Annotated[tuple[Path, ...], _RESULTS]]
+    """Results folders of 'sav-jax eval'; several are shown side by side."""
+
+    output: Annotated[Path | None, _optional("DIR", "'report' in the first folder")] = None
+    """Folder for report.html (one file that needs no other), and for report.md, report.tex, report.csv and figures."""
+
+
 def _command(name: str, summary: str, example: str) -> Any:
     return tyro.conf.subcommand(name, description=f"{summary}\n\nExample: {example}")
 
@@ -222,6 +249,23 @@ Command = (
             "sav-jax eval --model tiny --tasks digits --methods zero-shot,sav --shots 20 --output-path results/",
         ),
     ]
+    | Annotated[
+        Compare,
+        _command(
+            "compare",
+            "Say which of two methods, or of two runs, is better: paired tests on identical items, corrected for the "
+            "number of comparisons.",
+            "sav-jax compare results/ --baseline zero-shot",
+        ),
+    ]
+    | Annotated[
+        Report,
+        _command(
+            "report",
+            "Make a page of tables and pictures from results.",
+            "sav-jax report results/ --output results/report",
+        ),
+    ]
 )
 
 
@@ -242,8 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Few-shot classifiers from the attention heads of frozen multimodal models.",
             config=(tyro.conf.OmitArgPrefixes,),
         )
-        if options.running.batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1, not {options.running.batch_size}")
+        running = getattr(options, "running", None)  # not of the commands that run no model
+        if running is not None and running.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, not {running.batch_size}")
         from sav_jax import _commands
 
         _commands.run(options)

@@ -337,14 +337,16 @@ def test_reader_of_stdout_that_leaves() -> None:
 # Help
 
 
-@pytest.mark.parametrize("command", [[], ["fit"], ["predict"], ["extract"], ["eval"]])
+@pytest.mark.parametrize("command", [[], ["fit"], ["predict"], ["extract"], ["eval"], ["compare"], ["report"]])
 def test_help_teaches(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert f"Example: sav-jax {' '.join(command)}" in captured.out
     if command:
-        assert captured.out.count("(default: ") + captured.out.count("(required)") >= 8
+        assert captured.out.count("(default: ") + captured.out.count("(required)") >= (
+            4 if command[0] == "compare" else 2 if command[0] == "report" else 8
+        )
 
 
 def test_help_is_quick() -> None:

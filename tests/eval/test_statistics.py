@@ -10,7 +10,15 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sav_jax.eval.statistics import Interval, cluster_interval, holm, mcnemar, paired_bootstrap, resampled_interval
+from sav_jax.eval.statistics import (
+    Interval,
+    cluster_interval,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    resampled_interval,
+    sign_flip_test,
+)
 
 
 def names(count: int) -> list[str]:
@@ -66,9 +74,8 @@ def test_order_and_names_change_nothing(units: list[tuple[int, float]], shuffle)
     first, second = of(units, "a"), of(mixed, "z")
     # Sums of 30 numbers of at most 1 in another order differ by some 30 x 2^-53; the bootstrap's draws by as much,
     # unless two clusters whose sums differ by that alone change places, which changes as little.
-    numbers = [(first.mean, second.mean), (first.stderr, second.stderr), (first.low, second.low)]
-    for one, other in numbers:
-        assert one == other or other == pytest.approx(one, abs=1e-13)
+    for field in ("mean", "stderr", "low", "high"):
+        np.testing.assert_allclose(getattr(second, field), getattr(first, field), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("continuous", [False, True], ids=["few kinds of clusters", "every cluster another"])
@@ -85,7 +92,6 @@ def test_the_interval_is_that_of_a_plain_loop(continuous: bool) -> None:
     for _ in range(8000):
         picked = np.concatenate([members[c] for c in rng.integers(0, 120, 120)])
         draws.append(np.mean([of_seed[picked].mean() for of_seed in values]))
-    assert interval.stderr is not None
     # sd of 8,000 draws: 1 / sqrt(2 x 8,000) = 0.8 %, four times that; the analytic one is larger by 1 / (2 x 120).
     assert interval.stderr == pytest.approx(np.std(draws), rel=0.032 + 0.005)
     # A 2.5 % quantile of B normal draws has an error of sqrt(0.025 x 0.975 / B) / 0.0584 = 2.67 / sqrt(B) standard
@@ -124,10 +130,14 @@ def test_all_right_is_no_certainty() -> None:
 
 
 def test_one_cluster_tells_nothing_about_the_spread() -> None:
-    interval = cluster_interval([np.array([1.0, 0.0])], [["a", "a"]])
-    assert interval == Interval(0.5, None, None, None)
-    assert interval.ci is None
-    assert resampled_interval(lambda i: float(len(i)), 1) == Interval(1.0, None, None, None)
+    for interval, mean in (
+        (cluster_interval([np.array([1.0, 0.0])], [["a", "a"]]), 0.5),
+        (resampled_interval(lambda i: float(len(i)), 1), 1.0),
+        (paired_bootstrap([np.zeros(3)], [np.ones(3)], [["a"] * 3]).interval, 1.0),
+    ):
+        assert interval.mean == mean
+        assert np.isnan([interval.stderr, interval.low, interval.high]).all()
+        assert interval.ci is None
 
 
 def test_values_and_names_must_be_as_many() -> None:
@@ -158,8 +168,6 @@ def test_resampling_an_index_array_gives_what_resampling_a_mean_does() -> None:
     numbers = [0] * 60 + [1] * 30
     other = resampled_interval(lambda i: float(values[i].mean()), 90, clusters=cluster, seeds=numbers, resamples=4000)
     assert other.mean == pytest.approx(mean.mean, rel=1e-12)
-    assert mean.stderr is not None
-    assert mean.low is not None
     # 4,000 resamples: sd within 1 / sqrt(8,000) = 1.1 %, four times that, and 1 / (2 x 45) between the two estimators.
     assert other.stderr == pytest.approx(mean.stderr, rel=0.045 + 0.012)
     # Quantiles as above, of 2,000 and 4,000 resamples: 0.060 and 0.042, 0.073 together; four times that.
@@ -170,10 +178,10 @@ def test_resamples_without_a_number_count_for_nothing() -> None:
     classes = np.array([0, 1] + [1] * 8)
     interval = resampled_interval(lambda i: float(classes[i].mean()) if np.ptp(classes[i]) else np.nan, 10)
     assert interval.mean == 0.9
-    assert interval.high is not None
     assert interval.high <= 0.9, "no resample of one class only is among them"
     rare = resampled_interval(lambda i: 1.0 if len(np.unique(i)) == 10 else np.nan, 10)  # 10! / 10^10 = 0.04 % of them
-    assert rare == Interval(1.0, None, None, None)
+    assert rare.mean == 1
+    assert rare.ci is None
 
 
 # Paired tests
@@ -198,7 +206,6 @@ def test_paired_bootstrap_by_hand() -> None:
     # Twice 60.5 expected resamples of 10,000, whose spread is sqrt(60.5) = 7.8; four times that.
     assert result.p == pytest.approx(2 * 0.6**10, abs=2 * 32 / 10_000)
     assert paired_bootstrap([a], [a], [names(10)]).p == 1
-    assert paired_bootstrap([a], [b], [["a"] * 10]).interval == Interval(0.4, None, None, None)
 
 
 def test_paired_bootstrap_turns_with_its_arguments() -> None:
@@ -208,22 +215,47 @@ def test_paired_bootstrap_turns_with_its_arguments() -> None:
     other = paired_bootstrap(b, a, [names(40), names(30)], resamples=20_000)
     assert other.interval.mean == -one.interval.mean
     assert other.interval.stderr == pytest.approx(one.interval.stderr, rel=1e-12)
-    assert one.interval.stderr is not None
-    assert one.interval.low is not None
     # Quantiles of 20,000 resamples: 2.67 / sqrt(20,000) = 0.019, times sqrt(2); four times that, and half of one step
     # of 1/80 in either.
     assert other.interval.high == pytest.approx(-one.interval.low, abs=0.11 * one.interval.stderr + 1 / 80)
 
 
-def test_paired_bootstrap_finds_a_difference_in_one_of_twenty_where_there_is_none() -> None:
+def test_a_difference_is_found_in_one_of_twenty_where_there_is_none() -> None:
     rng = np.random.default_rng(7)
     p_values = []
     for _ in range(600):
         right = rng.random((2, 2, 150)) < rng.random(150)  # methods, seeds, queries, which differ in difficulty
         a, b = right.astype(float)
-        p_values.append(paired_bootstrap(list(a), list(b), [names(150)] * 2, resamples=600).p)
-    # Binomial error of 600 rounds at 5 %: 0.9 %; four times that. Ties at zero make the test a little conservative.
-    assert 0.014 <= np.mean(np.array(p_values) < 0.05) <= 0.086
+        pair = (list(a), list(b), [names(150)] * 2)
+        p_values.append((paired_bootstrap(*pair, resamples=600).p, sign_flip_test(*pair, resamples=600)))
+    found = np.mean(np.array(p_values) < 0.05, axis=0)
+    # Binomial error of 600 rounds at 5 %: 0.9 %; four times that. Ties make the tests a little conservative.
+    assert np.all((found >= 0.014) & (found <= 0.086)), found
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 0), (5, 12), (30, 21)])
+def test_flipping_signs_of_single_queries_is_mcnemars_test(only_a: int, only_b: int) -> None:
+    a = np.repeat([1.0, 0.0, 1.0], [only_a, only_b, 10])
+    b = np.repeat([0.0, 1.0, 1.0], [only_a, only_b, 10])
+    exact = mcnemar(a == 1, b == 1).p
+    p = sign_flip_test([a], [b], [names(len(a))], resamples=20_000)
+    # The binomial spread of 20,000 random choices, four times; and the one that is added to the count.
+    assert p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
+
+
+def test_flipping_signs_takes_a_cluster_under_all_seeds_as_one() -> None:
+    # Three groups, all better under B, under two seeds: 2 of 2^3 choices of signs are as extreme, not 2 of 2^12.
+    a, b, groups = [np.zeros(6)] * 2, [np.ones(6)] * 2, [["a", "a", "b", "b", "c", "c"]] * 2
+    # 0.25, with the spread sqrt(0.25 x 0.75 / 10,000) = 0.43 %; four times that.
+    assert sign_flip_test(a, b, groups) == pytest.approx(0.25, abs=0.018)
+
+
+def test_flipping_signs_finds_p_values_that_survive_many_comparisons() -> None:
+    a, b = np.repeat([1.0, 0.0], [20, 180]), np.repeat([0.0, 1.0], [20, 180])
+    p = sign_flip_test([a], [b], [names(200)])
+    # Hoeffding: d = 160/200, sum of squares 200/200^2: 2 exp(-160^2 / (2 x 200)); the exact one is smaller.
+    assert p == pytest.approx(2 * np.exp(-64), rel=1e-9)
+    assert mcnemar(a == 1, b == 1).p < p
 
 
 def test_holm_by_hand() -> None:

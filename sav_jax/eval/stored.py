@@ -1,0 +1,322 @@
+"""Results folders, read back: ``results.json`` and ``samples_KEY.jsonl`` as ``sav-jax eval`` writes them.
+
+Everything is checked on the way in, so that whoever compares or draws works on whole results.
+
+Axes: Q queries, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from sav_jax.errors import UserError
+
+T = TypeVar("T")
+_KINDS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
+
+
+@dataclass(frozen=True)
+class Query:
+    """What was asked.
+
+    Attributes:
+      digest: SHA-256 of question, images and right label ("doc_hash").
+      id, group, subset: of the item; "" for none.
+      question, target: as asked, and the right label.
+    """
+
+    digest: str
+    id: str
+    group: str
+    subset: str
+    question: str
+    target: str
+
+    @property
+    def cluster(self) -> str:
+        """Name of what is independent of other clusters: the group, or the query by itself."""
+        return self.group or self.digest
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One method's answers under one seed.
+
+    Attributes:
+      queries: Q.
+      predictions: Q class names; "" for none.
+      right: bool [Q].
+      probabilities: float [Q, C], None if the method has none.
+    """
+
+    queries: tuple[Query, ...]
+    predictions: tuple[str, ...]
+    right: np.ndarray
+    probabilities: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric over the seeds of a run; what was not computed is None."""
+
+    mean: float
+    sd: float | None
+    stderr: float | None
+    ci: tuple[float, float] | None
+    per_seed: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One method on one task with one number of shots, over all seeds: an entry of "runs"."""
+
+    task: str
+    key: str
+    method: str
+    shots: int
+    seeds: tuple[int, ...]
+    metric: str
+    uses_support: bool
+    metrics: Mapping[str, Estimate]
+    subsets: Mapping[str, Mapping[str, float]]
+    seconds: float | None
+
+    @property
+    def primary(self) -> Estimate:
+        return self.metrics[self.metric]
+
+
+class Results:
+    """A results folder.
+
+    Attributes:
+      folder: its path.
+      content: results.json, whole.
+      ours: its part "sav_jax".
+      runs: what was run, in the order of the file.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Read ``results.json``.
+
+        Raises:
+          UserError: if it is missing or damaged.
+        """
+        self.folder = Path(folder)
+        self.file = self.folder / "results.json"
+        if not self.folder.is_dir():
+            raise UserError(f"{self.folder}: is no folder of results; 'sav-jax eval' writes one (--output-path)")
+        if not self.file.is_file():
+            raise UserError(f"{self.file}: does not exist; 'sav-jax eval' writes it")
+        try:
+            content = json.loads(self.file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.file}: is not JSON, perhaps cut short: {error}") from None
+        if not isinstance(content, dict) or "sav_jax" not in content:
+            raise UserError(f'{self.file}: has no field "sav_jax"; it was not written by this version of sav-jax eval')
+        self.content: dict[str, Any] = content
+        self.ours = self._get(content, "sav_jax", dict)
+        entries = self._get(self.ours, "runs", list, "sav_jax.")
+        self.runs = tuple(self._run(entry, f"sav_jax.runs[{i}]") for i, entry in enumerate(entries))
+        if not self.runs:
+            raise UserError(f'{self.file}: field "sav_jax.runs" is empty')
+
+    @property
+    def model(self) -> str:
+        """The model's name, "no model" if none was needed."""
+        return str(self.content.get("model_name") or "no model")
+
+    @cached_property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Task -> "labels" (checked), "description", "version", "source", "prompt"."""
+        tasks = self._get(self.ours, "tasks", dict, "sav_jax.")
+        for name in dict.fromkeys(run.task for run in self.runs):
+            labels = self._get(self._get(tasks, name, dict, "sav_jax.tasks."), "labels", list, f"sav_jax.tasks.{name}.")
+            if not labels or not all(isinstance(label, str) for label in labels):
+                raise UserError(f'{self.file}: field "sav_jax.tasks.{name}.labels" is no list of class names')
+        return tasks
+
+    def run(self, task: str, shots: int, method: str) -> Stored | None:
+        for run in self.runs:
+            if (run.task, run.shots, run.method) == (task, shots, method):
+                return run
+        return None
+
+    def part(self, name: str, key: str) -> dict[str, Any] | list[Any]:
+        """What "sav_jax" holds of a key under a name such as "heads"; empty if there is none."""
+        whole = self.ours.get(name) or {}
+        found = whole.get(key) if isinstance(whole, dict) else None
+        return found if isinstance(found, dict | list) else {}
+
+    def answers(self, key: str) -> dict[tuple[str, int], Answered]:
+        """Read ``samples_KEY.jsonl``: (method, seed) -> answers. Methods without predictions are not among them.
+
+        Raises:
+          UserError: if the file is missing, damaged or cut short.
+        """
+        if key not in self._answers:
+            self._answers[key] = self._read_answers(key)
+        return self._answers[key]
+
+    @cached_property
+    def _answers(self) -> dict[str, dict[tuple[str, int], Answered]]:
+        return {}
+
+    def _get(self, mapping: Mapping[str, Any], name: str, kind: type[T], above: str = "") -> T:
+        return _field(mapping, name, kind, str(self.file), above)
+
+    def _run(self, entry: Any, where: str) -> Stored:
+        if not isinstance(entry, dict):
+            raise UserError(f'{self.file}: field "{where}" is not an object')
+        above = f"{where}."
+        metrics = {}
+        for name, values in self._get(entry, "metrics", dict, above).items():
+            metrics[name] = self._estimate(values, f"{above}metrics.{name}")
+        run = Stored(
+            task=self._get(entry, "task", str, above),
+            key=self._get(entry, "key", str, above),
+            method=self._get(entry, "method", str, above),
+            shots=self._get(entry, "shots", int, above),
+            seeds=tuple(self._get(entry, "seeds", list, above)),
+            metric=self._get(entry, "metric", str, above),
+            uses_support=bool(entry.get("uses_support", True)),
+            metrics=metrics,
+            subsets=entry.get("subsets") or {},
+            seconds=entry.get("seconds"),
+        )
+        if run.metric not in metrics:
+            raise UserError(f'{self.file}: field "{above}metrics" lacks {run.metric!r}, which is the run\'s metric')
+        if not run.seeds or not all(isinstance(seed, int) for seed in run.seeds):
+            raise UserError(f'{self.file}: field "{above}seeds" is no list of whole numbers')
+        if os.sep in run.key or run.key in ("", ".", ".."):
+            raise UserError(f'{self.file}: field "{above}key" is {run.key!r}, which can be no part of a file name')
+        return run
+
+    def _estimate(self, values: Any, where: str) -> Estimate:
+        if not isinstance(values, dict):
+            raise UserError(f'{self.file}: field "{where}" is not an object')
+        mean = self._get(values, "mean", float, f"{where}.")
+        ci = values.get("ci")
+        if ci is not None and not (isinstance(ci, list) and len(ci) == 2 and all(map(_is_number, ci))):
+            raise UserError(f'{self.file}: field "{where}.ci" is neither null nor two numbers')
+        for name in ("sd", "stderr"):
+            if values.get(name) is not None:
+                self._get(values, name, float, f"{where}.")
+        per_seed = values.get("per_seed") or []
+        return Estimate(mean, values.get("sd"), values.get("stderr"), tuple(ci) if ci else None, tuple(per_seed))
+
+    def _read_answers(self, key: str) -> dict[tuple[str, int], Answered]:
+        file = self.folder / f"samples_{key}.jsonl"
+        runs = [run for run in self.runs if run.key == key]
+        labels = {label: i for i, label in enumerate(self.tasks[runs[0].task]["labels"])}
+        rows: dict[tuple[str, int], list[_Row]] = {}
+        known: dict[Query, Query] = {}  # one object per query, however many methods and seeds
+        try:
+            with file.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    method, seed, row = _read_row(line, f"{file} row {number}", labels)
+                    row.query = known.setdefault(row.query, row.query)
+                    rows.setdefault((method, seed), []).append(row)
+        except FileNotFoundError:
+            raise UserError(f"{file}: does not exist; 'sav-jax eval' writes it (--log-samples)") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{file}: is not UTF-8 text") from None
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        self._check_counts(file, runs, {name: len(of) for name, of in rows.items()})
+        return {name: _gather(of, f"{file}, method {name[0]}, seed {name[1]}") for name, of in rows.items()}
+
+    def _check_counts(self, file: Path, runs: list[Stored], counts: dict[tuple[str, int], int]) -> None:
+        """A file that was cut short at the end of a row looks whole: the splits say how many rows there must be."""
+        for run in runs:
+            for seed in run.seeds:
+                split = cast(dict[str, Any], self.part("splits", run.key)).get(str(seed))
+                asked = split.get("queries") if isinstance(split, dict) else None
+                if not isinstance(asked, int):
+                    name = f"sav_jax.splits.{run.key}.{seed}.queries"
+                    raise UserError(f'{self.file}: field "{name}" is missing or no whole number')
+                found = counts.get((run.method, seed), 0)
+                # Without a standard error a method has no predictions, only an expected accuracy.
+                answered = any(estimate.stderr is not None for estimate in run.metrics.values())
+                if found != asked and (found or answered):
+                    raise UserError(
+                        f"{file}: holds {found} rows of method {run.method}, seed {seed}, where {asked} queries were "
+                        "asked; it is damaged, cut short or of another run"
+                    )
+
+
+@dataclass
+class _Row:
+    query: Query
+    prediction: str
+    right: bool
+    probabilities: np.ndarray | None
+
+
+def _read_row(line: str, where: str, labels: Mapping[str, int]) -> tuple[str, int, _Row]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        raise UserError(f"{where}: is not JSON, perhaps cut short") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: is not an object")
+    doc = _field(row, "doc", dict, where)
+    query = Query(
+        digest=_field(row, "doc_hash", str, where),
+        id=str(doc.get("id", "")),
+        group=str(doc.get("group") or ""),
+        subset=str(doc.get("subset") or ""),
+        question=_field(row, "input", str, where),
+        target=_field(row, "target", str, where),
+    )
+    if query.target not in labels:
+        raise UserError(f'{where}: field "target" is {query.target!r}, which is no label of the task')
+    answers = _field(row, "filtered_resps", list, where)
+    if len(answers) != 1 or not isinstance(answers[0], str):
+        raise UserError(f'{where}: field "filtered_resps" is not one text in a list')
+    right = _field(row, "acc", float, where)
+    if right not in (0, 1):
+        raise UserError(f'{where}: field "acc" is {right}, neither 0 nor 1')
+    shares = row.get("probabilities")
+    vector = None
+    if shares is not None:
+        if not isinstance(shares, dict) or shares.keys() != labels.keys() or not all(map(_is_number, shares.values())):
+            raise UserError(f'{where}: field "probabilities" is not one number for each label of the task')
+        vector = np.array([shares[label] for label in labels], np.float64)
+    method, seed = _field(row, "filter", str, where), _field(row, "seed", int, where)
+    return method, seed, _Row(query, answers[0], right == 1, vector)
+
+
+def _gather(rows: list[_Row], where: str) -> Answered:
+    vectors = [row.probabilities for row in rows if row.probabilities is not None]
+    if vectors and len(vectors) < len(rows):
+        raise UserError(f'{where}: only {len(vectors)} of {len(rows)} rows have the field "probabilities"')
+    return Answered(
+        queries=tuple(row.query for row in rows),
+        predictions=tuple(row.prediction for row in rows),
+        right=np.array([row.right for row in rows]),
+        probabilities=np.stack(vectors) if vectors else None,
+    )
+
+
+def _field(mapping: Mapping[str, Any], name: str, kind: type[T], where: str, above: str = "") -> T:
+    """A field that must be there and of this kind."""
+    if name not in mapping:
+        raise UserError(f'{where}: field "{above}{name}" is missing')
+    value = mapping[name]
+    good = _is_number(value) if kind is float else isinstance(value, kind) and not isinstance(value, bool)
+    if not good:
+        raise UserError(f'{where}: field "{above}{name}" is not {_KINDS[kind]}')
+    return cast(T, value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
