@@ -173,8 +173,9 @@ def _whole_interval(metric: Metric, answers: Sequence[Answers]) -> Interval:
 
 def _estimate(per_seed: tuple[float, ...], interval: Interval | None) -> Estimate:
     sd = float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None
-    stderr, ci = (None, None) if interval is None else (interval.stderr, interval.ci)
-    return Estimate(float(np.mean(per_seed)), sd, stderr, ci, per_seed)
+    if interval is None or np.isnan(interval.stderr):
+        return Estimate(float(np.mean(per_seed)), sd, None, None, per_seed)
+    return Estimate(float(np.mean(per_seed)), sd, interval.stderr, interval.ci, per_seed)
 
 
 def _subsets(task: Task, answers: Sequence[Answers]) -> dict[str, dict[str, float]]:
