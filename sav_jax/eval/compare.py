@@ -91,7 +91,38 @@ def pair(a: Mapping[int, Answered], b: Mapping[int, Answered]) -> Paired:
     Raises:
       ValueError: if the items are not the same.
     """
-    right_a, right_b, clusters, digests, only_a, only_b = [], [], [], set(), 0, 0
+    right_a, right_b, clusters = _pairs(a, b)
+    counted = [mcnemar(*rights) for rights in zip(right_a, right_b, strict=True)]
+    result = paired_bootstrap(right_a, right_b, clusters, level=LEVEL)
+    test, p = _test(right_a, right_b, clusters)
+    return Paired(
+        mean_a=float(np.mean([right.mean() for right in right_a])),
+        mean_b=float(np.mean([right.mean() for right in right_b])),
+        difference=result.interval,
+        only_a=sum(seed.only_a for seed in counted),
+        only_b=sum(seed.only_b for seed in counted),
+        items=len({query.digest for answered in a.values() for query in answered.queries}),
+        test=test,
+        p=p,
+        p_bootstrap=result.p,
+    )
+
+
+def paired_p(a: Mapping[int, Answered], b: Mapping[int, Answered]) -> float | None:
+    """The p-value of :func:`pair` alone; None if the seeds or the items are not the same."""
+    if a.keys() != b.keys():
+        return None
+    try:
+        return _test(*_pairs(a, b))[1]
+    except ValueError:
+        return None
+
+
+def _pairs(
+    a: Mapping[int, Answered], b: Mapping[int, Answered]
+) -> tuple[list[np.ndarray], list[np.ndarray], list[list[str]]]:
+    """For each seed: whether A and B are right, bool [Q] twice, and the queries' clusters."""
+    right_a, right_b, clusters = [], [], []
     for seed in a:
         places = _aligned(a[seed], b[seed])
         if places is None:
@@ -99,23 +130,14 @@ def pair(a: Mapping[int, Answered], b: Mapping[int, Answered]) -> Paired:
         right_a.append(a[seed].right)
         right_b.append(b[seed].right[places])
         clusters.append([query.cluster for query in a[seed].queries])
-        digests |= {query.digest for query in a[seed].queries}
-        counted = mcnemar(right_a[-1], right_b[-1])
-        only_a, only_b = only_a + counted.only_a, only_b + counted.only_b
-    result = paired_bootstrap(right_a, right_b, clusters, level=LEVEL)
+    return right_a, right_b, clusters
+
+
+def _test(right_a: list[np.ndarray], right_b: list[np.ndarray], clusters: list[list[str]]) -> tuple[str, float]:
     # Queries of one group, and one query under several seeds, are no independent tosses of McNemar's coin.
-    independent = len(a) == 1 and len(set(clusters[0])) == len(clusters[0])
-    return Paired(
-        mean_a=float(np.mean([right.mean() for right in right_a])),
-        mean_b=float(np.mean([right.mean() for right in right_b])),
-        difference=result.interval,
-        only_a=only_a,
-        only_b=only_b,
-        items=len(digests),
-        test=MCNEMAR if independent else SIGN_FLIPS,
-        p=mcnemar(right_a[0], right_b[0]).p if independent else sign_flip_test(right_a, right_b, clusters),
-        p_bootstrap=result.p,
-    )
+    if len(clusters) == 1 and len(set(clusters[0])) == len(clusters[0]):
+        return MCNEMAR, mcnemar(right_a[0], right_b[0]).p
+    return SIGN_FLIPS, sign_flip_test(right_a, right_b, clusters)
 
 
 def _aligned(a: Answered, b: Answered) -> np.ndarray | None:

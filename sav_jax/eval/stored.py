@@ -156,6 +156,15 @@ class Results:
         found = whole.get(key) if isinstance(whole, dict) else None
         return found if isinstance(found, dict | list) else {}
 
+    def higher_is_better(self, key: str, metric: str) -> bool:
+        known = self.content.get("higher_is_better")
+        of_key = known.get(key) if isinstance(known, dict) else None
+        return bool(of_key.get(metric, True)) if isinstance(of_key, dict) else True
+
+    def has_answers(self, key: str) -> bool:
+        """Whether single answers were written (``--log-samples``)."""
+        return (self.folder / f"samples_{key}.jsonl").exists()
+
     def answers(self, key: str) -> dict[tuple[str, int], Answered]:
         """Read ``samples_KEY.jsonl``: (method, seed) -> answers. Methods without predictions are not among them.
 

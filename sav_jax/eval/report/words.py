@@ -1,0 +1,132 @@
+"""Numbers and names as people read them, for HTML, Markdown and LaTeX alike (nothing is escaped here)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from sav_jax.eval.report.table import Cell, Column, Row, Table
+from sav_jax.eval.stored import Estimate
+
+T = TypeVar("T")
+
+_METRICS = {
+    "acc": ("accuracy", "share of the queries that are answered correctly"),
+    "acc_offered": ("accuracy (offered)", "accuracy when only the classes that the question offers are allowed"),
+    "macro_f1": ("macro-F1", "mean over the classes of the harmonic mean of precision and recall"),
+    "auroc": ("AUROC", "area under the ROC curve: chance that a right class outscores a wrong one; 0.5 is guessing"),
+    "ece": ("ECE", "expected calibration error: mean gap between confidence and accuracy"),
+    "brier": ("Brier score", "squared distance between probabilities and truth"),
+    "log_loss": ("log loss", "minus log probability of the right class, in nats"),
+    "aurc": ("AURC", "area under the risk-coverage curve: mean error rate over all numbers of answers kept"),
+}
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name in a sentence."""
+    return _METRICS.get(metric, (metric.replace("_", " "), ""))[0]
+
+
+def metric_description(metric: str) -> str:
+    """One line, "" for a metric that only its task knows."""
+    return _METRICS.get(metric, ("", ""))[1]
+
+
+def percent(share: float) -> str:
+    """One digit after the point: the intervals are seldom narrower."""
+    return f"{100 * share:.1f}"
+
+
+def mean_and_sd(estimate: Estimate) -> str:
+    """In percent; the standard deviation over seeds where there is one."""
+    sd = "" if estimate.sd is None else f" ± {percent(estimate.sd)}"
+    return f"{percent(estimate.mean)}{sd}"
+
+
+def interval(estimate: Estimate) -> str:
+    """In percent; "" if there is none."""
+    return "" if estimate.ci is None else f"{percent(estimate.ci[0])}–{percent(estimate.ci[1])}"
+
+
+def shots(count: int) -> str:
+    return f"{count} shot{'s' * (count != 1)}"
+
+
+def column_name(column: Column, table: Table) -> str:
+    """Task, shots where they differ, metric where they do."""
+    several = len({of.shots for of in table.columns}) > 1
+    metrics = len({of.metric for of in table.columns}) > 1
+    return ", ".join(
+        [column.task, *([shots(column.shots)] * several), *([metric_name(column.metric)] * metrics)],
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
+    """Parts of about equal length, none longer than ``most``."""
+    count = -(-len(items) // most)
+    size = -(-len(items) // max(count, 1))
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def most_shots(table: Table) -> list[Column]:
+    """Of each task the column with the most labelled examples."""
+    columns: dict[str, Column] = {}
+    for column in table.columns:
+        if column.task not in columns or column.shots > columns[column.task].shots:
+            columns[column.task] = column
+    return list(columns.values())
+
+
+def in_short(table: Table, column: Column) -> str:
+    """A sentence about who is best on a task."""
+    ranked = [(row, cell) for row, cell in table.of_column(column) if cell.ranked]
+    where = f"{column.task}, {shots(column.shots)} per class: "
+    if not ranked:
+        return f"{where}no method has the metric {metric_name(column.metric)}."
+    row, best = ranked[0]
+    found = interval(best.run.primary)
+    value = f"{percent(best.run.primary.mean)} %" + (f" (95 % interval {found})" if found else "")
+    text = f"{where}{table.name(row)} is best with {metric_name(column.metric)} {value}"
+    tied = [table.name(other) for other, cell in ranked[1:] if cell.tied]
+    if len(tied) > 4:
+        text += f"; {len(tied)} of {len(ranked) - 1} others are not clearly worse"
+    elif tied:
+        text += f"; {listed(tied)} {'is' if len(tied) == 1 else 'are'} not clearly worse"
+    untaught = [(of, cell) for of, cell in ranked if not of.uses_support and cell is not best]
+    if row.uses_support and untaught:
+        other, cell = untaught[0]
+        text += f". Without labelled examples the best is {table.name(other)} with {percent(cell.run.primary.mean)} %"
+    return f"{text}."
+
+
+def cell_text(cell: Cell, column: Column) -> str:
+    """A cell in one line."""
+    found = interval(cell.run.primary)
+    other = "" if cell.ranked else f" {metric_name(cell.run.metric)}"
+    return mean_and_sd(cell.run.primary) + (f" ({found})" if found else "") + other
+
+
+def legend(table: Table) -> str:
+    """How to read a cell of the table."""
+    several = any(cell is not None and cell.run.primary.sd is not None for cell in table.cells.values())
+    with_interval = any(cell is not None and cell.run.primary.ci is not None for cell in table.cells.values())
+    metrics = {column.metric for column in table.columns}
+    what = metric_name(next(iter(metrics))).capitalize() if len(metrics) == 1 else "The task's metric"
+    parts = [f"{what} in %"]
+    if several:
+        parts.append("mean over seeds ± standard deviation between them (each seed draws other labelled examples)")
+    if with_interval:
+        parts.append("and the 95 % confidence interval for the choice of queries")
+    return ", ".join(parts) + "."
+
+
+def row_groups(table: Table) -> list[tuple[str, list[Row]]]:
+    """The rows in two parts, each with a title; parts without rows are left out."""
+    parts = (("Without labelled examples", False), ("With labelled examples", True))
+    groups = [(title, [row for row in table.rows if row.uses_support is uses]) for title, uses in parts]
+    return [(title, rows) for title, rows in groups if rows]
