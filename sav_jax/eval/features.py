@@ -10,15 +10,18 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sav_jax.errors import UserError
-from sav_jax.eval.methods.base import Settings
 from sav_jax.eval.tasks.base import Item, Split, Task
 from sav_jax.examples import Example
 from sav_jax.lmm import LMM
 from sav_jax.reading import Readings, read
+
+if TYPE_CHECKING:
+    from sav_jax.eval.methods.base import Settings
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class Heads:
         return len(self.rows), *self.array.shape[1:]
 
     def whole(self) -> np.ndarray:
-        """A copy, [R, L, N, H]: for the support."""
+        """All of them, [R, L, N, H]: for the support. Not to be written to: consecutive rows are not copied."""
+        if len(self.rows) and (np.diff(self.rows) == 1).all():
+            return self.array[self.rows[0] : self.rows[-1] + 1]
         return self.array[self.rows]
 
     def layers(self, first: int, last: int) -> np.ndarray:
