@@ -45,7 +45,9 @@ class Heads:
         return len(self.rows), *self.array.shape[1:]
 
     def whole(self) -> np.ndarray:
-        """A copy, [R, L, N, H]: for the support."""
+        """All of them, [R, L, N, H]: for the support. Not to be written to: consecutive rows are not copied."""
+        if len(self.rows) and (np.diff(self.rows) == 1).all():
+            return self.array[self.rows[0] : self.rows[-1] + 1]
         return self.array[self.rows]
 
     def layers(self, first: int, last: int) -> np.ndarray:

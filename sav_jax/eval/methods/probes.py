@@ -1,0 +1,180 @@
+"""Linear probes on all heads, each scaled to length 1 and concatenated: x of length 1 (``_arithmetic.similarities``).
+
+x is far longer (100,352 for a 7B model) than there are examples, so both probes are computed from inner products alone,
+which changes nothing: with an L2 penalty the weights are a combination of the support examples.
+
+Axes: S support examples, Q queries, R rows, C classes, D = min(S - 1, length of x) directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sav_jax.eval.features import Features
+from sav_jax.eval.methods._arithmetic import similarities, similarity
+from sav_jax.eval.methods.base import Method, Outcome, named
+
+RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""The ``alphas`` of scikit-learn's RidgeClassifierCV."""
+
+LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
+"""The ``Cs`` of scikit-learn's LogisticRegression: the inverse of the penalty."""
+
+FOLDS = 5
+"""Of cross-validation, fewer if a class has fewer examples."""
+
+_NO_VARIANCE = 1e-7  # per root of S: the Gram matrix of unit vectors, of float32 products, is rounding below that
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The support on its own principal axes: z = (x - mean) V, which keeps all inner products between examples.
+
+    Attributes:
+      support: float64 [S, D].
+      axes: float64 [S, D]: turns similarities with the support into coordinates.
+      mean: float64 [S], mean similarity of each support example to all.
+    """
+
+    support: np.ndarray
+    axes: np.ndarray
+    mean: np.ndarray
+
+    @classmethod
+    def of(cls, gram: np.ndarray) -> Rotation:
+        """From the similarities of the support, float64 [S, S]."""
+        mean = gram.mean(axis=0)
+        values, vectors = np.linalg.eigh(gram - mean[None] - mean[:, None] + mean.mean())
+        kept = values > _NO_VARIANCE * np.sqrt(len(gram))
+        if not kept.any():  # all examples are the same
+            nowhere = np.zeros((len(gram), 1))
+            return cls(nowhere, nowhere, mean)
+        lengths = np.sqrt(values[kept])
+        return cls(vectors[:, kept] * lengths, vectors[:, kept] / lengths, mean)
+
+    def rotate(self, similar: np.ndarray) -> np.ndarray:
+        """Coordinates of other examples from their similarities to the support: [R, S] -> [R, D].
+
+        The axes sum to zero over the support, so that what is the same for a whole row does not matter.
+        """
+        return (similar - self.mean) @ self.axes
+
+
+def _ridge(features: Features) -> Outcome:
+    """Least squares on -1 and 1 with an L2 penalty: scikit-learn's RidgeClassifierCV.
+
+    The penalty is the one with the least squared error over all support examples, each left out, and all classes.
+    """
+    support, queries = features.heads
+    rotation = Rotation.of(similarity(support, support))
+    wanted = np.where(features.targets[:, None] == np.arange(len(features.split.labels)), 1.0, -1.0)
+    fits = [ridge(rotation.support, wanted, penalty) for penalty in RIDGE_PENALTIES]
+    errors = [((left_out - wanted) ** 2).mean() for _, left_out in fits]
+    best = int(np.argmin(errors))
+    weights, left_out = fits[best]
+    scores = wanted.mean(axis=0) + np.concatenate(
+        [rotation.rotate(similar) @ weights for _, similar in similarities(queries, support)]
+    )
+    predictions = named(features.split, scores.argmax(axis=1))
+    return Outcome(predictions, scores, left_out, facts={"alpha": RIDGE_PENALTIES[best]})
+
+
+def ridge(z: np.ndarray, wanted: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ridge regression with a free intercept, which is the mean of what is wanted.
+
+    Args:
+      z: float64 [S, D], columns orthogonal and of mean 0.
+      wanted: float64 [S, C].
+      penalty: of the squared weights.
+
+    Returns:
+      Weights [D, C], and the prediction of each example without it [S, C]: ``y - (y - f) / (1 - h)`` with the leverage
+      h (Allen 1974).
+    """
+    squares = (z**2).sum(axis=0)
+    weights = (z.T @ wanted) / (squares + penalty)[:, None]
+    fitted = wanted.mean(axis=0) + z @ weights
+    leverage = 1 / len(z) + (z**2 / (squares + penalty)).sum(axis=1)
+    return weights, wanted - (wanted - fitted) / (1 - leverage)[:, None]
+
+
+def _logistic(features: Features) -> Outcome:
+    """Multinomial logistic regression with an L2 penalty: scikit-learn's LogisticRegression on the rotated support,
+    which has the solution of the whole features.
+
+    The strength is the one that finds the classes of the support likeliest in stratified cross-validation, whose
+    held-out log probabilities are the support's scores. With a class of one example there is none: C = 1.
+    """
+    support, queries = features.heads
+    targets, num_classes = features.targets, len(features.split.labels)
+    gram = similarity(support, support)
+    rotation = Rotation.of(gram)
+    z = rotation.support
+    held_out, strength = None, 1.0
+    folds = assign_folds(gram.sum(axis=1), targets, num_classes)
+    if folds.max() > 0:
+        trials = [_cross_validated(z, targets, folds, strength) for strength in LOGISTIC_STRENGTHS]
+        likelihoods = [trial[np.arange(len(targets)), targets].mean() for trial in trials]
+        best = int(np.argmax(likelihoods))
+        held_out, strength = trials[best], LOGISTIC_STRENGTHS[best]
+    model = _fit_logistic(z, targets, strength)
+    scores = np.concatenate(
+        [_log_probabilities(model, rotation.rotate(similar)) for _, similar in similarities(queries, support)]
+    )
+    return Outcome(named(features.split, scores.argmax(axis=1)), scores, held_out, facts={"C": strength})
+
+
+def assign_folds(centrality: np.ndarray, targets: np.ndarray, num_classes: int) -> np.ndarray:
+    """Deal the examples of each class out to folds, those most like the rest first: whatever order they come in, the
+    folds are the same.
+
+    Args:
+      centrality: float [S].
+      targets: int [S].
+      num_classes: C.
+
+    Returns:
+      int [S], from 0; all 0 if a class has one example only.
+    """
+    number = min(FOLDS, np.bincount(targets, minlength=num_classes).min())
+    folds = np.zeros(len(targets), np.int64)
+    for column in range(num_classes):
+        members = np.flatnonzero(targets == column)
+        order = members[np.argsort(-centrality[members], kind="stable")]
+        folds[order] = np.arange(len(order)) % number
+    return folds
+
+
+def _cross_validated(z: np.ndarray, targets: np.ndarray, folds: np.ndarray, strength: float) -> np.ndarray:
+    """Log probabilities of each example by the model that has not seen its fold, [S, C]."""
+    held_out = np.empty((len(z), targets.max() + 1))
+    for fold in range(folds.max() + 1):
+        model = _fit_logistic(z[folds != fold], targets[folds != fold], strength)
+        held_out[folds == fold] = _log_probabilities(model, z[folds == fold])
+    return held_out
+
+
+def _fit_logistic(z: np.ndarray, targets: np.ndarray, strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    # Newton's method: lbfgs, the default, stops at errors of 1e-3 and more in the logits where the penalty is small.
+    return LogisticRegression(C=strength, solver="newton-cg", tol=1e-8, max_iter=1000).fit(z, targets)
+
+
+def _log_probabilities(model: Any, z: np.ndarray) -> np.ndarray:
+    """As ``predict_log_proba``, but without a probability of 0 on the way: [R, C]."""
+    from scipy.special import log_softmax
+
+    logits = model.decision_function(z)
+    if logits.ndim == 1:  # of two classes scikit-learn gives the second one's log odds
+        logits = np.stack([np.zeros_like(logits), logits], axis=1)
+    return log_softmax(logits, axis=1)
+
+
+METHODS = (
+    Method("logistic", "logistic regression on all heads", _logistic),
+    Method("ridge", "ridge classifier on all heads: least squares on -1 and 1", _ridge),
+)
