@@ -130,6 +130,7 @@ def _draw_sweep(found: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]
             from matplotlib.ticker import MaxNLocator
 
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_xlim(0.5, float(max(x)) + 0.5)
         axis.set_xlabel(x_label)
         axis.set_ylabel("accuracy (%)")
         shares_as_percent(axis.yaxis)

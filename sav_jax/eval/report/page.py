@@ -22,7 +22,7 @@ from sav_jax.eval.report.words import (
     row_groups,
     shots,
 )
-from sav_jax.eval.stored import Results
+from sav_jax.eval.stored import Results, Stored
 
 _COLUMNS = 6  # of a table, so that it fits on a page
 
@@ -154,7 +154,10 @@ def _splits(results: Sequence[Results], table: Table) -> list[dict[str, Any]]:
     """Every split: equal digests mean the same labelled examples and queries."""
     rows = []
     for source, of in enumerate(results):
-        for key, run in {run.key: run for run in reversed(of.runs)}.items():
+        first: dict[str, Stored] = {}
+        for run in of.runs:
+            first.setdefault(run.key, run)
+        for key, run in first.items():
             for seed, split in dict(of.part("splits", key)).items():
                 name = run.task if len(results) == 1 else f"{run.task} ({table.sources[source]})"
                 rows.append(

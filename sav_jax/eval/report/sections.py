@@ -99,8 +99,7 @@ def make_section(results: Results, table: Table, source: int, task: str, key: st
     """
     facts = results.tasks[task]
     labels = facts["labels"]
-    order = {row: place for place, row in enumerate(table.rows)}
-    place = {row.method: order[row] for row in table.rows if row.source == source}
+    place = {row.method: i for i, row in enumerate(row for row in table.rows if row.source == source)}
     runs = sorted((run for run in results.runs if run.task == task), key=lambda run: (run.shots, place[run.method]))
     shown = [run for run in runs if run.key == key]
     best = _best_first(shown, results)

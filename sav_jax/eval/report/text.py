@@ -18,6 +18,7 @@ from sav_jax.eval.report.words import (
     mean_and_sd,
     metric_name,
     most_shots,
+    one_line,
     row_groups,
 )
 
@@ -99,7 +100,7 @@ def _md_cell(table: Table, row: Row, column: Column) -> str:
 
 def _md(text: str) -> str:
     """Text that Markdown takes as it is, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", one_line(text))
 
 
 _TEX = {
@@ -109,13 +110,14 @@ _TEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "\u00a0": "~",
     "±": r"$\pm$",
     "–": "--",
 } | {character: f"\\{character}" for character in "&%$#_{}"}
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in " ".join(text.split()))
+    return "".join(_TEX.get(character, character) for character in one_line(text))
 
 
 def _tex_cell(table: Table, row: Row, column: Column) -> str:

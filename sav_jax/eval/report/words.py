@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -9,6 +10,8 @@ from sav_jax.eval.report.table import Cell, Column, Row, Table
 from sav_jax.eval.stored import Estimate
 
 T = TypeVar("T")
+
+_PERCENT = "\u00a0%"  # never at the beginning of a line
 
 _METRICS = {
     "acc": ("accuracy", "share of the queries that are answered correctly"),
@@ -61,6 +64,11 @@ def column_name(column: Column, table: Table) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """Line breaks and tabs as spaces; spaces that may not break stay."""
+    return re.sub(r"[ \t\r\n\f\v\u2028\u2029]+", " ", text).strip(" ")
+
+
 def listed(names: Sequence[str]) -> str:
     """a, b and c."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -69,7 +77,7 @@ def listed(names: Sequence[str]) -> str:
 def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
     """Parts of about equal length, none longer than ``most``."""
     count = -(-len(items) // most)
-    size = -(-len(items) // max(count, 1))
+    size = max(1, -(-len(items) // max(count, 1)))
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -90,7 +98,7 @@ def in_short(table: Table, column: Column) -> str:
         return f"{where}no method has the metric {metric_name(column.metric)}."
     row, best = ranked[0]
     found = interval(best.run.primary)
-    value = f"{percent(best.run.primary.mean)} %" + (f" (95 % interval {found})" if found else "")
+    value = f"{percent(best.run.primary.mean)}{_PERCENT}" + (f" (95{_PERCENT} interval {found})" if found else "")
     text = f"{where}{table.name(row)} is best with {metric_name(column.metric)} {value}"
     tied = [table.name(other) for other, cell in ranked[1:] if cell.tied]
     if len(tied) > 4:
@@ -100,7 +108,8 @@ def in_short(table: Table, column: Column) -> str:
     untaught = [(of, cell) for of, cell in ranked if not of.uses_support and cell is not best]
     if row.uses_support and untaught:
         other, cell = untaught[0]
-        text += f". Without labelled examples the best is {table.name(other)} with {percent(cell.run.primary.mean)} %"
+        value = f"{percent(cell.run.primary.mean)}{_PERCENT}"
+        text += f". Without labelled examples the best is {table.name(other)} with {value}"
     return f"{text}."
 
 
