@@ -118,6 +118,7 @@ def confusion_figure(counts: np.ndarray, labels: Sequence[str], method: str, nam
     shares = counts / np.maximum(totals, 1)
 
     def make() -> Any:
+        from matplotlib.collections import PolyCollection
         from matplotlib.colors import PowerNorm
         from matplotlib.ticker import FuncFormatter
 
@@ -128,10 +129,13 @@ def confusion_figure(counts: np.ndarray, labels: Sequence[str], method: str, nam
         drawing = new_figure(cell * len(columns) + margin + 1.0, cell * count + margin + 0.3)
         axis = drawing.subplots()
         axis.grid(visible=False)
-        # Colours by the root of the share: confusions are rare, and they are what is looked for. Empty squares are no
-        # part of the picture, which keeps it small.
-        filled = np.ma.masked_equal(shares, 0)
-        image = axis.pcolormesh(filled, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
+        # Colours by the root of the share: confusions are rare, and they are what is looked for. Empty squares are not
+        # drawn, which keeps the picture small.
+        filled = np.nonzero(shares)
+        corners = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for y, x in zip(*filled, strict=True)]
+        squares = PolyCollection(corners, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), linewidth=0)
+        squares.set_array(shares[filled])
+        image = axis.add_collection(squares)
         axis.set_aspect("equal")
         axis.set_xlim(0, len(columns))
         axis.set_ylim(count, 0)
