@@ -14,11 +14,12 @@ before any model runs. Every complaint is a :class:`~sav_jax.errors.UserError` o
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,22 @@ _PNG_EXIF_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
 @dataclass(frozen=True)
+class EncodedImage:
+    """A picture's file that lies in another file, such as a record of an archive; read anew whenever it is needed."""
+
+    read_bytes: Callable[[], bytes]
+
+
+AnyImage = Path | PIL.Image.Image | EncodedImage
+
+
+@dataclass(frozen=True)
 class Example:
     """One question about some images, with the right answer where it is known.
 
     Attributes:
       question: the text. It may hold one ``<image>`` per image where the images belong; without them images come first.
-      images: paths or PIL images, in order; empty for a question about text alone.
+      images: paths, PIL images or :class:`EncodedImage`, in order; empty for a question about text alone.
       label: the class name, or None if unknown.
       id: the row's name in the predictions file.
       source: where the example was read, ``file:line`` or a picture's path; only used in error messages.
@@ -71,7 +82,7 @@ class Example:
     """
 
     question: str
-    images: tuple[Path | PIL.Image.Image, ...] = ()
+    images: tuple[AnyImage, ...] = ()
     label: str | None = None
     id: str = ""
     source: str = ""
@@ -98,8 +109,8 @@ class Example:
         images = []
         for image in self.images:
             try:
-                if isinstance(image, Path):
-                    with PIL.Image.open(image) as opened:
+                if not isinstance(image, PIL.Image.Image):
+                    with _open(image) as opened:
                         opened.load()  # Pillow reads lazily; a truncated file shows only here
                         images.append(_upright(opened).convert("RGB"))
                 else:
@@ -117,8 +128,8 @@ class Example:
         sizes = []
         for image in self.images:
             try:
-                if isinstance(image, Path):
-                    with PIL.Image.open(image) as opened:
+                if not isinstance(image, PIL.Image.Image):
+                    with _open(image) as opened:
                         sizes.append(_upright_size(opened, image))
                 else:
                     sizes.append(_upright_size(image, None))
@@ -138,6 +149,8 @@ class Example:
                 if isinstance(image, Path):
                     with image.open("rb") as file:
                         digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+                elif isinstance(image, EncodedImage):
+                    digests.append(hashlib.sha256(image.read_bytes()).hexdigest())
                 else:
                     rgb = _upright(image).convert("RGB")  # what load_images gives: no palette or EXIF detail counts
                     header = f"RGB {rgb.width}x{rgb.height}:".encode()
@@ -146,7 +159,7 @@ class Example:
                 raise self._unreadable(image, error) from error
         return digests
 
-    def _unreadable(self, image: Path | PIL.Image.Image, error: BaseException) -> UserError:
+    def _unreadable(self, image: AnyImage, error: BaseException) -> UserError:
         where = f"{self.source}: " if self.source and self.source != str(image) else ""
         what = str(image) if isinstance(image, Path) else "an image in memory"
         if isinstance(error, FileNotFoundError):
@@ -185,7 +198,7 @@ def read_examples(
     examples: list[Example] = []
     problems: list[str] = []
     number = 0
-    for number, (line, row) in enumerate(_rows(root), start=1):
+    for number, (line, row) in enumerate(json_rows(root), start=1):
         try:
             examples.append(_example(root, line, number - 1, row, question, require_labels))
         except UserError as problem:
@@ -201,8 +214,12 @@ def read_examples(
 # Files of rows
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (1-based line, parsed value or the UserError of that line)."""
+def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield (1-based line, parsed value or the UserError of that line) of a JSON Lines file or a JSON list.
+
+    Raises:
+      UserError: if the file cannot be read, or a JSON list is malformed: its other items cannot then be told apart.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -271,7 +288,7 @@ def _example(path: Path, line: int, number: int, row: Any, question: str | None,
     if isinstance(row, UserError):
         raise row
     if not isinstance(row, dict):
-        raise UserError(f"{source}: a JSON object is expected, not {_kind(row)}")
+        raise UserError(f"{source}: a JSON object is expected, not {json_kind(row)}")
 
     def bad(field: str, problem: str) -> UserError:
         return UserError(f'{source}: field "{field}" {problem}')
@@ -282,14 +299,14 @@ def _example(path: Path, line: int, number: int, row: Any, question: str | None,
     if asked is None:
         raise bad("question", "is missing (--question gives one to every row that has none)")
     if not isinstance(asked, str):
-        raise bad("question", f"must be a string, not {_kind(asked)}")
+        raise bad("question", f"must be a string, not {json_kind(asked)}")
 
     label = row.get("label")
     if label is None:
         if require_labels:
             raise bad("label", "is missing")
     elif not isinstance(label, str):
-        raise bad("label", f"must be a string, not {_kind(label)}")
+        raise bad("label", f"must be a string, not {json_kind(label)}")
     elif not label.strip():
         raise bad("label", "is empty")
 
@@ -297,7 +314,7 @@ def _example(path: Path, line: int, number: int, row: Any, question: str | None,
     if name is None:
         name = str(number)
     elif isinstance(name, bool) or not isinstance(name, str | int):
-        raise bad("id", f"must be a string or an integer, not {_kind(name)}")
+        raise bad("id", f"must be a string or an integer, not {json_kind(name)}")
 
     if "image" not in row and "images" in row:
         raise bad("images", 'is not known; "image" takes a path or a list of paths')
@@ -307,7 +324,7 @@ def _example(path: Path, line: int, number: int, row: Any, question: str | None,
     paths = []
     for item in images if isinstance(images, list) else [images]:
         if not isinstance(item, str):
-            raise bad("image", f"must be a path or a list of paths, not {_kind(item)}")
+            raise bad("image", f"must be a path or a list of paths, not {json_kind(item)}")
         if not item.strip():
             raise bad("image", "holds an empty path")
         if problem := _path_problem(path.parent, item):
@@ -329,7 +346,7 @@ def _path_problem(root: Path, item: str) -> str | None:
     return f"names {shown}, which {'is not a file' if exists else 'does not exist'} (looked for from {root})"
 
 
-def _kind(value: Any) -> str:
+def json_kind(value: Any) -> str:
     """Name a JSON value's type in JSON's words."""
     if value is None:
         return "null"
@@ -389,7 +406,11 @@ def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.ImageOps.exif_transpose(image)
 
 
-def _upright_size(image: PIL.Image.Image, path: Path | None) -> tuple[int, int]:
+def _open(image: Path | EncodedImage) -> PIL.Image.Image:
+    return PIL.Image.open(image if isinstance(image, Path) else io.BytesIO(image.read_bytes()))
+
+
+def _upright_size(image: PIL.Image.Image, path: Path | EncodedImage | None) -> tuple[int, int]:
     if image.format == "PNG" and path is not None:
         content = path.read_bytes()
         oriented = any(keyword in content for keyword in _PNG_EXIF_KEYWORDS)

@@ -20,6 +20,7 @@ import numpy as np
 from sav_jax.classifier import choose_shots
 from sav_jax.errors import UserError
 from sav_jax.eval.metrics import Metric
+from sav_jax.eval.tasks.release import Release
 from sav_jax.examples import Example
 
 
@@ -72,7 +73,8 @@ class Task:
       load: reads the data. It is given the folder of this task's files (``DATA_DIR/NAME``, which need not exist) and
         raises a UserError that says what must be fetched from where, if it is not there.
       source: where the data and its definition come from: paper, address.
-      files: what is looked for in the task's folder; "" if nothing must be fetched.
+      release: the files that must be fetched by hand, None if there are none. Tasks of one benchmark share a folder,
+        which lies beside the one that ``load`` is given.
       prompt: the question as a template, for the task's card.
       split: in words, what support and queries are drawn from.
       labels: the class names in the order of the columns; None for those of the pool, sorted.
@@ -90,7 +92,7 @@ class Task:
     description: str
     load: Callable[[Path], Data]
     source: str = ""
-    files: str = ""
+    release: Release | None = None
     prompt: str = ""
     split: str = "support is drawn from all examples, the others are queries"
     labels: tuple[str, ...] | None = None
