@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from sav_jax.eval.methods import asking, reference, sav
+from sav_jax.eval.methods import asking, icl, reference, sav
 from sav_jax.eval.methods.base import Method, Outcome, Settings
 
-METHODS: dict[str, Method] = {method.name: method for module in (reference, asking, sav) for method in module.METHODS}
+METHODS: dict[str, Method] = {
+    method.name: method for module in (reference, asking, icl, sav) for method in module.METHODS
+}
 """The methods known by name."""
 
 __all__ = ["METHODS", "Method", "Outcome", "Settings"]
