@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sav_jax.dual_encoder import load_dual_encoder
 from sav_jax.errors import UserError
+from sav_jax.eval.embeddings import Embeddings
 from sav_jax.eval.tasks.base import Item, Split, Task
 from sav_jax.examples import Example
 from sav_jax.lmm import LMM
@@ -87,6 +89,12 @@ class Reader:
         lmm = self.lmm
         with self.timed():
             return lmm.reinitialized(seed)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def embeddings(self, path: str) -> Embeddings:
+        """A dual encoder, loaded when first asked for, and its embeddings, kept."""
+        with self.timed():
+            return Embeddings(load_dual_encoder(path), self.cache)
 
     def read(
         self,

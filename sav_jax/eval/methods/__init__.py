@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from sav_jax.eval.methods import asking, icl, reference, sav
+from sav_jax.eval.methods import asking, dual, icl, reference, sav
 from sav_jax.eval.methods.base import Method, Outcome, Settings
 
 METHODS: dict[str, Method] = {
-    method.name: method for module in (reference, asking, icl, sav) for method in module.METHODS
+    method.name: method for module in (reference, asking, icl, dual, sav) for method in module.METHODS
 }
 """The methods known by name."""
 
