@@ -47,7 +47,7 @@ class Readings:
 
     Attributes:
         keys: E hex digests of model, prompt and images; equal keys are equal prompts, read once.
-        heads: float32 ``[E, L, N, H]``, as :func:`sav_jax.extract_heads`.
+        heads: float32 ``[E, L, N, H]``, as :func:`sav_jax.extract_heads`; L is 0 when they were not asked for.
         scores: float32 ``[E, C]``, as :func:`sav_jax.score_options`.
         generations: E greedy answers, as :func:`sav_jax.generate`; empty ones when none were asked for.
         passes: how many prompts were run through the model; the others were in the cache, or equal to one before.
@@ -68,6 +68,7 @@ def read(
     batch_size: int = 8,
     cache: str | None = None,
     progress: bool = True,
+    keep_heads: bool = True,
 ) -> Readings:
     """Run every distinct prompt through the model once, unless the cache has all that is asked for.
 
@@ -82,6 +83,8 @@ def read(
         batch_size: prompts per forward pass.
         cache: folder (or ``gs://`` path) of the feature cache, or None.
         progress: show a bar on stderr.
+        keep_heads: False if only answers are wanted: heads take three megabytes per prompt in a model of seven billion
+            parameters.
 
     Raises:
         UserError: an image cannot be read, features are not finite, or an option is empty or given twice.
@@ -92,13 +95,13 @@ def read(
     rows = sorted(first.values())
     table, lengths = option_table(lmm, options)
     answering = bool(options) or max_new_tokens > 0
-    wanted = {"heads": [keys[row] for row in rows]}
+    wanted = {"heads": [keys[row] for row in rows]} if keep_heads else {}
     if answering:
         asked = hashlib.sha256(f"{_ANSWER_VERSION} {table.tolist()} {lengths.tolist()} {max_new_tokens}".encode())
         wanted["answers"] = [hashlib.sha256(f"{keys[row]} {asked.hexdigest()}".encode()).hexdigest() for row in rows]
     stores = {name: HeadStore.open(f"{cache.rstrip('/')}/{name}") for name in wanted} if cache else {}
     width = 1 + len(options) + max_new_tokens
-    found = {"heads": np.zeros((len(rows), *lmm.heads_shape), np.float32)}
+    found = {"heads": np.zeros((len(rows), *lmm.heads_shape), np.float32)} if keep_heads else {}
     if answering:
         found["answers"] = np.zeros((len(rows), 1, 1, width), np.float32)
 
@@ -120,13 +123,13 @@ def read(
         what="prompts",
         further=lambda _: (table, lengths) if answering else (),
     ):
-        parts = dict(zip(found, values if answering else (values,), strict=True))
+        parts = dict(zip(("heads", "answers"), values if answering else (values,), strict=False))
         check_finite(parts["heads"], [unique[row] for row in plan.rows])
         index = [absent[row] for row in plan.rows]
-        for name, part in parts.items():
-            found[name][index] = part
+        for name in found:
+            found[name][index] = parts[name]
             if stores:
-                stores[name].write([wanted[name][i] for i in index], part)
+                stores[name].write([wanted[name][i] for i in index], parts[name])
     present = sorted(set(range(len(rows))).difference(absent))
     if present:
         for name, store in stores.items():
@@ -134,7 +137,8 @@ def read(
 
     place = {keys[row]: i for i, row in enumerate(rows)}
     order = [place[key] for key in keys]
-    heads = found["heads"] if len(rows) == len(keys) else found["heads"][order]
+    heads = found.get("heads", np.zeros((len(rows), 0, *lmm.heads_shape[1:]), np.float32))
+    heads = heads if len(rows) == len(keys) else heads[order]
     answers = found["answers"][order, 0, 0] if answering else np.zeros((len(keys), width), np.float32)
     generations = tuple(_generation(lmm, row[0], row[1 + len(options) :]) for row in answers)
     return Readings(tuple(keys), heads, answers[:, 1 : 1 + len(options)], generations, len(absent))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
@@ -13,6 +14,7 @@ from sav_jax.eval.methods import Settings
 from sav_jax.eval.tasks import Data, Item, Split, Task, split_task
 from sav_jax.examples import Example
 from sav_jax.generation import Generation
+from sav_jax.lmm import LMM
 from sav_jax.reading import Readings
 
 
@@ -76,3 +78,18 @@ def made_features(
 def grey_split(shots: int = 2, seed: int = 0, per_class: int = 6) -> Split:
     task = grey_task(per_class)
     return split_task(task, Data(grey_items(per_class)), shots, seed)
+
+
+def read_features(
+    load: Callable[[], LMM],
+    split: Split,
+    *,
+    task: Task | None = None,
+    settings: Settings | None = None,
+    cache: str | None = None,
+) -> Features:
+    """Features of a split that are read by a model, answers of three tokens at most."""
+    settings = settings or Settings(shots=2, num_heads=4)
+    items = (*split.support, *split.queries)
+    universe = Universe(task or grey_task(), items, split.labels, Reader(load, 4, cache), max_new_tokens=3)
+    return Features(universe, split, settings)

@@ -10,11 +10,13 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sav_jax.dual_encoder import load_dual_encoder
 from sav_jax.errors import UserError
+from sav_jax.eval.embeddings import Embeddings
 from sav_jax.eval.tasks.base import Item, Split, Task
 from sav_jax.examples import Example
 from sav_jax.lmm import LMM
@@ -90,12 +92,24 @@ class Reader:
         with self.timed():
             return lmm.reinitialized(seed)
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def embeddings(self, path: str) -> Embeddings:
+        """A dual encoder, loaded when first asked for, and its embeddings, kept."""
+        with self.timed():
+            return Embeddings(load_dual_encoder(path), self.cache)
+
     def read(
-        self, lmm: LMM, examples: Sequence[Example], options: Sequence[str] = (), max_new_tokens: int = 0
+        self,
+        lmm: LMM,
+        examples: Sequence[Example],
+        options: Sequence[str] = (),
+        max_new_tokens: int = 0,
+        *,
+        keep_heads: bool = True,
     ) -> Readings:
         """As :func:`sav_jax.reading.read`, counted and timed."""
         with self.timed():
-            readings = read(lmm, examples, options, max_new_tokens, self.batch_size, self.cache)
+            readings = read(lmm, examples, options, max_new_tokens, self.batch_size, self.cache, keep_heads=keep_heads)
         self.passes += readings.passes
         self.prompts.update(readings.keys)
         return readings
@@ -126,6 +140,7 @@ class Universe:
     reader: Reader
     max_new_tokens: int = 32
     _random: dict[int, Readings] = field(default_factory=dict)
+    _answers: dict[tuple[Any, ...], tuple[Readings, Sequence[Example]]] = field(default_factory=dict)
 
     @functools.cached_property
     def place(self) -> dict[int, int]:
@@ -145,6 +160,15 @@ class Universe:
             lmm = self.reader.reinitialized(seed)
             self._random[seed] = self.reader.read(lmm, [item.example for item in self.items])
         return self._random[seed]
+
+    def answers(self, examples: Sequence[Example]) -> Readings:
+        """Likelihoods of the task's answers and the answer written after other prompts; without heads."""
+        name = tuple((example.question, *map(id, example.images)) for example in examples)
+        if name not in self._answers:
+            options = [self.task.answer(label) for label in self.labels]
+            readings = self.reader.read(self.reader.lmm, examples, options, self.max_new_tokens, keep_heads=False)
+            self._answers[name] = readings, examples  # kept, so that its images' ids stay their own
+        return self._answers[name][0]
 
     def rows(self, items: Sequence[Item]) -> np.ndarray:
         """Rows of items, int [R]."""
@@ -202,9 +226,10 @@ class Features:
         return self.reader.read(self.reader.lmm, [Example(text) for text in texts]).heads
 
     def answers(self, examples: Sequence[Example]) -> Readings:
-        """Likelihoods of the task's answers and the answer written after other prompts, such as with demonstrations."""
-        options = [self.task.answer(label) for label in self.split.labels]
-        return self.reader.read(self.reader.lmm, examples, options, self.settings.max_new_tokens)
+        """Likelihoods of the task's answers and the answer written after other prompts, such as with demonstrations;
+        read once for all methods, without heads.
+        """
+        return self._universe.answers(examples)
 
     def _pair(self, heads: np.ndarray) -> tuple[Heads, Heads]:
         available = heads.shape[1] * heads.shape[2]

@@ -14,20 +14,30 @@ from sav_jax.eval.parsing import parse_answer
 
 def _zero_shot(features: Features) -> Outcome:
     """What the model writes, greedily decoded, read tolerantly (the SAVs release compares strings instead)."""
+    return written(features, features.texts)
+
+
+def _zero_shot_likelihood(features: Features) -> Outcome:
+    """The answer, of those that the question offers, that the model finds likeliest."""
+    return likeliest(features, features.option_scores)
+
+
+def written(features: Features, texts: tuple[str, ...]) -> Outcome:
+    """The label that each of Q texts, written about the queries, answers with."""
     task, split = features.task, features.split
     predictions = []
-    for item, text in zip(split.queries, features.texts, strict=True):
+    for item, text in zip(split.queries, texts, strict=True):
         if task.parse is not None:
             label = task.parse(text, item)
         else:
             label = parse_answer(text, {label: task.answer(label) for label in item.offered or split.labels})
         predictions.append(label or "")
-    return Outcome(tuple(predictions), texts=features.texts)
+    return Outcome(tuple(predictions), texts=texts)
 
 
-def _zero_shot_likelihood(features: Features) -> Outcome:
-    """The answer, of those that the question offers, that the model finds likeliest."""
-    scores = features.option_scores.astype(np.float64)
+def likeliest(features: Features, scores: np.ndarray) -> Outcome:
+    """The best of the classes that a query offers, by scores [Q, C]."""
+    scores = scores.astype(np.float64)
     return Outcome(named(features.split, offered(features, scores).argmax(axis=1)), scores)
 
 

@@ -1,0 +1,115 @@
+"""In-context learning: labelled examples in the prompt, then the query.
+
+The prompt is one turn of the user, demonstrations and query interleaved, as the code of multimodal task vectors lays it
+out (arXiv 2406.15334; its group's papers compare with this)::
+
+    <image>
+    QUESTION
+    Answer: ANSWER
+
+    <image>
+    QUESTION
+    Answer:
+
+The chat template is put around it, and the model answers in its own turn. Examples in turns of their own would need a
+template that renders an assistant's words, which base models have not; one turn is the same text in every family.
+
+The demonstrations of a run are the same before every query. Classes take turns in an order drawn by seed, and each
+gives one of its support examples, drawn too; so classes differ by one at most, fewer demonstrations begin more of them,
+and what choice and order are worth shows as the spread over seeds.
+
+Axes: S support examples, Q queries, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from sav_jax.errors import UserError
+from sav_jax.eval.features import Features
+from sav_jax.eval.methods.asking import likeliest, written
+from sav_jax.eval.methods.base import Method, Outcome
+from sav_jax.eval.tasks.base import Item, Task
+from sav_jax.examples import IMAGE_MARK, Example
+from sav_jax.reading import Readings
+
+
+def _icl(features: Features) -> Outcome:
+    """What the model writes after the demonstrations, read like a zero-shot answer."""
+    readings, facts = _readings(features)
+    outcome = written(features, tuple(generation.text for generation in readings.generations))
+    return dataclasses.replace(outcome, facts=facts)
+
+
+def _icl_likelihood(features: Features) -> Outcome:
+    """The answer that the model finds likeliest after the demonstrations."""
+    readings, facts = _readings(features)
+    return dataclasses.replace(likeliest(features, readings.scores), facts=facts)
+
+
+def _readings(features: Features) -> tuple[Readings, dict[str, list[str]]]:
+    """What the model makes of every query after the demonstrations, and the demonstrations' ids."""
+    split, settings = features.split, features.settings
+    check_demonstrations(settings.demonstrations, len(split.support))
+    rng = np.random.default_rng(settings.seed)
+    chosen = [split.support[row] for row in draw_balanced(features.targets, settings.demonstrations, rng)]
+    prompts = [with_demonstrations(features.task, chosen, item.example) for item in split.queries]
+    return features.answers(prompts), {"demonstrations": [item.example.id for item in chosen]}
+
+
+def check_demonstrations(number: int, available: int) -> None:
+    """Raise UserError unless ``number`` demonstrations can be drawn."""
+    if not 1 <= number <= available:
+        raise UserError(f"--demonstrations is {number}; there are {available} labelled examples to choose from")
+
+
+def draw_balanced(targets: np.ndarray, number: int, rng: np.random.Generator) -> list[int]:
+    """Draw examples, the classes taking turns in a random order.
+
+    Args:
+      targets: int [S], the class of each.
+      number: how many, at most S.
+      rng: of the draws; the first of more are the same as fewer.
+
+    Returns:
+      ``number`` rows, in the order drawn.
+    """
+    rows = rng.permutation(len(targets))
+    order = {int(target): place for place, target in enumerate(rng.permutation(np.unique(targets)))}
+    waiting = [[int(row) for row in rows if targets[row] == target] for target in order]
+    turns = [row for turn in range(len(targets)) for members in waiting for row in members[turn : turn + 1]]
+    return turns[:number]
+
+
+def with_demonstrations(task: Task, demonstrations: Sequence[Item], query: Example) -> Example:
+    """The query as it is asked after demonstrations, in one turn.
+
+    Args:
+      task: says what a label's answer is.
+      demonstrations: labelled items, in order.
+      query: the question at the end; its label is not used.
+    """
+    shown = "".join(f"{_marked(item.example)}\nAnswer: {task.answer(item.label)}\n\n" for item in demonstrations)
+    images = tuple(image for item in demonstrations for image in item.example.images)
+    return Example(
+        f"{shown}{_marked(query)}\nAnswer:",
+        images + query.images,
+        id=query.id,
+        source=f"{query.source or query.id} after {len(demonstrations)} demonstrations (--demonstrations)",
+    )
+
+
+def _marked(example: Example) -> str:
+    """A question with a mark for each of its images: where it says, else before it."""
+    if not example.images or IMAGE_MARK in example.question:
+        return example.question
+    return IMAGE_MARK * len(example.images) + "\n" + example.question
+
+
+METHODS = (
+    Method("icl", "in-context learning: --demonstrations labelled examples in the prompt, read its answer", _icl),
+    Method("icl-likelihood", "in-context learning: the class whose answer it finds likeliest", _icl_likelihood),
+)
