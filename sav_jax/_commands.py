@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,24 +24,22 @@ from sav_jax.lmm import LMM, load
 T = TypeVar("T")
 
 
-def run(options: cli.Fit | cli.Predict | cli.Extract | cli.Eval | cli.Compare | cli.Report) -> None:
-    """Run a command.
+def run(options: Any) -> None:
+    """Run a command, one of the dataclasses of :data:`sav_jax.cli.Command`.
 
     Raises:
       UserError: for bad input; no output is then left behind.
     """
-    if isinstance(options, cli.Fit):
-        _fit(options)
-    elif isinstance(options, cli.Predict):
-        _predict(options)
-    elif isinstance(options, cli.Extract):
-        _extract(options)
-    elif isinstance(options, cli.Compare):
-        _compare(options)
-    elif isinstance(options, cli.Report):
-        _report(options)
-    else:
-        _eval(options)
+    commands: dict[type, Callable[[Any], None]] = {
+        cli.Fit: _fit,
+        cli.Predict: _predict,
+        cli.Extract: _extract,
+        cli.Eval: _eval,
+        cli.Tasks: _tasks,
+        cli.Compare: _compare,
+        cli.Report: _report,
+    }
+    commands[type(options)](options)
 
 
 def _fit(options: cli.Fit) -> None:
@@ -130,10 +128,10 @@ def _eval(options: cli.Eval) -> None:
     from sav_jax.eval.tasks.files import from_files
 
     if "list" in (options.tasks, options.methods):
-        for asked, entries in ((options.tasks, TASKS), (options.methods, METHODS)):
-            if asked == "list":
-                width = max(map(len, entries))
-                print("\n".join(f"{name:<{width}} {entry.description}" for name, entry in entries.items()))
+        if options.tasks == "list":
+            print(_listed({name: task.description for name, task in TASKS.items()} | _groups(GROUPS)))
+        if options.methods == "list":
+            print(_listed({name: method.description for name, method in METHODS.items()}))
         return
     if options.train is None and options.test is not None:
         raise UserError("a task of your own needs --train")
@@ -163,6 +161,26 @@ def _eval(options: cli.Eval) -> None:
         options.output_path,
         GROUPS,
     )
+
+
+def _tasks(options: cli.Tasks) -> None:
+    from sav_jax.eval.tasks import GROUPS, TASKS, card, default_data_dir, find_tasks
+
+    if options.names == "all":
+        print(_listed({name: task.description for name, task in TASKS.items()} | _groups(GROUPS)))
+        return
+    data_dir = options.data_dir or default_data_dir()
+    print("\n\n".join(card(task, data_dir) for task in find_tasks(options.names)), end="")
+
+
+def _groups(groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    return {name: f"all of {', '.join(members)}" for name, members in groups.items()}
+
+
+def _listed(entries: Mapping[str, str]) -> str:
+    """Names and descriptions, in columns."""
+    width = max(map(len, entries))
+    return "\n".join(f"{name:<{width}}  {description}" for name, description in entries.items())
 
 
 def _compare(options: cli.Compare) -> None:

@@ -187,6 +187,15 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Tasks:
+    names: tyro.conf.Positional[str] = "all"
+    """Names separated by commas; 'all' prints one line about each."""
+
+    data_dir: Annotated[Path | None, _optional("DIR", "$SAV_JAX_DATA or ~/.cache/sav_jax/data")] = None
+    """Where benchmarks that must be fetched by hand are looked for."""
+
+
+@dataclass(frozen=True)
 class Compare:
     folders: tyro.conf.Positional[Annotated[tuple[Path, ...], _RESULTS]]
     """Results folders of 'sav-jax eval'. Two: each method with itself. One: all methods with --baseline."""
@@ -247,6 +256,14 @@ Command = (
             "eval",
             "Compare methods on tasks, each from the same labelled examples and on the same queries.",
             "sav-jax eval --model tiny --tasks digits --methods zero-shot,sav --shots 20 --output-path results/",
+        ),
+    ]
+    | Annotated[
+        Tasks,
+        _command(
+            "tasks",
+            "Describe tasks: what is asked, where the data comes from and must lie, labels, split and metrics.",
+            "sav-jax tasks naturalbench",
         ),
     ]
     | Annotated[
