@@ -30,6 +30,10 @@ class Running:
     batch_size: int = 8
     """Examples per forward pass. Lower it if memory runs out."""
 
+    frames: Annotated[int | None, _optional("FRAMES", "16")] = None
+    """How many frames of each video are shown, sampled uniformly; a shorter video is shown whole. 'predict' takes as
+    many as the classifier was made with, and refuses another number."""
+
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, _optional("{float32,bfloat16,float16}", "as described")
     ] = None
@@ -49,8 +53,9 @@ class Fit:
     """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
 
     train: Path
-    """Labelled examples: JSON Lines with rows {"image": path or list of paths, "question": text, "label": text}, a JSON
-    list of such rows, or a folder with one sub-folder of pictures per class. About 20 examples per class are enough."""
+    """Labelled examples: JSON Lines with rows {"image": path or list of paths, "question": text, "label": text} (and
+    "video" for videos), a JSON list of such rows, or a folder with one sub-folder of pictures (or of videos) per class.
+    About 20 examples per class are enough."""
 
     output: Path
     """Folder for the classifier: classifier.json, which can be read, and classifier.safetensors."""
@@ -179,7 +184,7 @@ Command = (
         Predict,
         _command(
             "predict",
-            "Classify images with a classifier made by 'fit'.",
+            "Classify images or videos with a classifier made by 'fit'.",
             "sav-jax predict --classifier clf/ --data test.jsonl --output predictions.jsonl",
         ),
     ]
@@ -220,8 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             description="Few-shot classifiers from the attention heads of frozen multimodal models.",
             config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
         )
-        if options.running.batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1, not {options.running.batch_size}")
+        for name in ("batch_size", "frames"):
+            number = getattr(options.running, name)
+            if number is not None and number < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {number}")
         from sav_jax import _commands
 
         _commands.run(options)

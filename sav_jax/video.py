@@ -26,8 +26,8 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts"
 """Files with one of these endings (in any case) are videos in class folders and among the images of a row."""
 
 _UNKNOWN_RATE = 24.0  # frames per second, as transformers assumes
-# A file whose packets end before this part of the time its header states has been cut off. Not all of it: a header may
-# count what is shown of the last frame, or another stream's end.
+# A file whose packets (or frames) end before this part of the time that its header (or its packets) speak of has been
+# cut off. Not all of it: a header may count what is shown of the last frame, and decoders may withhold a last one.
 _WHOLE = 0.9
 
 
@@ -143,7 +143,11 @@ def _cached_probe(path: Path, count: int, size: int, changed: int) -> _Probe:
     begin, end = float("inf"), float("-inf")
     with _opened(path) as (container, stream):
         for packet in container.demux():
-            if packet.size == 0 or packet.pts is None or packet.time_base is None:
+            if packet.size == 0 or packet.time_base is None:
+                continue
+            if packet.pts is None:
+                if packet.stream.index == stream.index:
+                    raise VideoError("its frames bear no times; a container such as .mp4 gives them some")
                 continue
             begin = min(begin, float(packet.pts * packet.time_base))
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -180,23 +184,27 @@ def _decode(path: Path, probe: _Probe, *, seek: bool) -> list[PIL.Image.Image] |
     them; None if seeking went too far.
     """
     found: list[PIL.Image.Image] = []
+    begin = probe.times[0]
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         frames = container.decode(stream)
         last: Any = None
         for time, key in zip(probe.times, probe.keys, strict=True):
-            if seek and key > (probe.times[0] if last is None else last.pts):
+            if seek and key > (begin if last is None else last.pts):
                 container.seek(key, stream=stream)
                 frames = container.decode(stream)
                 last = next(frames, None)
-                if last is None or last.pts is None or last.pts > time:
+                if last is None or last.pts > time:
                     return None
             # Frames that cannot be decoded (before the first keyframe of a cut) are stood in for by the next.
-            while last is None or last.pts is None or last.pts < time:
-                last = next(frames, None)
-                if last is None:
-                    number = probe.shape.frames[len(found)]
-                    raise VideoError(f"it is truncated or damaged: frame {number} of {probe.shape.total} is not there")
+            while last is None or last.pts < time:
+                following = next(frames, None)
+                if following is None:
+                    if last is None or last.pts - begin < _WHOLE * (time - begin):
+                        number, total = probe.shape.frames[len(found)], probe.shape.total
+                        raise VideoError(f"it is truncated or damaged: frame {number} of {total} is not there")
+                    break
+                last = following
             found.append(_upright(last))
     return found
 

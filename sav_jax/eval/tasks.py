@@ -13,7 +13,7 @@ import PIL.Image
 
 from sav_jax.classifier import choose_shots
 from sav_jax.errors import UserError
-from sav_jax.examples import Example, read_examples
+from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 
 
 @dataclass(frozen=True)
@@ -91,19 +91,26 @@ def split_task(task: Task, shots: int, seed: int, limit: int | None = None) -> S
 
 
 def example_digest(example: Example) -> str:
-    """SHA-256 of question, label and image contents."""
-    facts = json.dumps([example.question, example.label, *example.image_digests()])
+    """SHA-256 of question, label, the contents of images and videos, and how many frames are shown."""
+    videos = [[digest, example.frames] for digest in example.video_digests()]
+    facts = json.dumps([example.question, example.label, *example.image_digests(), *videos])
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def from_files(train: str | os.PathLike[str], test: str | os.PathLike[str], question: str | None = None) -> Task:
-    """Make a task of two files or folders as :func:`sav_jax.read_examples` takes them.
+def from_files(
+    train: str | os.PathLike[str],
+    test: str | os.PathLike[str],
+    question: str | None = None,
+    frames: int = DEFAULT_FRAMES,
+) -> Task:
+    """Make a task of two files or folders as :func:`sav_jax.read_examples` takes them, ``frames`` of each video being
+    shown.
 
     Raises:
       UserError: if either cannot be read or lacks labels, or the queries have labels that the support has not.
     """
-    pool = read_examples(train, question, require_labels=True)
-    queries = read_examples(test, question, require_labels=True)
+    pool = read_examples(train, question, require_labels=True, frames=frames)
+    queries = read_examples(test, question, require_labels=True, frames=frames)
     known = {example.label for example in pool}
     for query in queries:
         if query.label not in known:
