@@ -61,7 +61,8 @@ class Fit:
     """Folder for the classifier: classifier.json, which can be read, and classifier.safetensors."""
 
     question: Annotated[str | None, _optional("TEXT", "none")] = None
-    """What to ask about each picture of a folder, and about rows without a question. Stored with the classifier."""
+    """What to ask about each picture or video of a folder, and about rows without a question. Stored with the
+    classifier."""
 
     num_heads: int = 20
     """How many attention heads vote: the paper uses 20."""
@@ -101,7 +102,7 @@ class Predict:
     """The model that the classifier was made with; another one is refused."""
 
     question: Annotated[str | None, _optional("TEXT", "the one stored with the classifier")] = None
-    """What to ask about each picture of a folder, and about rows without a question."""
+    """What to ask about each picture or video of a folder, and about rows without a question."""
 
     running: Running = Running()
 
@@ -119,7 +120,7 @@ class Extract:
     'rows.jsonl' (id and label of each example) and 'meta.json'."""
 
     question: Annotated[str | None, _optional("TEXT", "none")] = None
-    """What to ask about each picture of a folder, and about rows without a question."""
+    """What to ask about each picture or video of a folder, and about rows without a question."""
 
     num_layers: Annotated[int | None, _optional("LAYERS", "all")] = None
     """Run only the first so many layers of the model."""
@@ -158,7 +159,7 @@ class Eval:
     """The labelled queries of the task 'files'."""
 
     question: Annotated[str | None, _optional("TEXT", "none")] = None
-    """For the task 'files': what to ask about each picture of a folder, and about rows without a question."""
+    """For the task 'files': what to ask about each picture or video of a folder, and about rows without a question."""
 
     output_path: Path = Path("results")
     """Folder for results.json (in the shape of lmms-eval's), samples_TASK.jsonl and heads_TASK.png."""

@@ -81,7 +81,7 @@ class Example:
       label: the class name, or None if unknown.
       id: the row's name in the predictions file.
       source: where the example was read, ``file:line`` or a picture's path; only used in error messages.
-      videos: paths or :class:`~sav_jax.Video` objects, in order.
+      videos: paths or :class:`~sav_jax.Video` objects (or their frames alone, for 24 frames per second), in order.
       frames: how many frames of each video are shown, sampled uniformly; a shorter video is shown whole.
 
     Raises:
@@ -98,9 +98,10 @@ class Example:
 
     def __post_init__(self) -> None:
         # Whoever writes a path as a string means a path.
-        for name in ("images", "videos"):
-            given = tuple(Path(item) if isinstance(item, str) else item for item in getattr(self, name))
-            object.__setattr__(self, name, given)
+        images = tuple(Path(item) if isinstance(item, str) else item for item in self.images)
+        videos = tuple(Path(item) if isinstance(item, str) else item for item in self.videos)
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "videos", tuple(v if isinstance(v, Path | Video) else Video(v) for v in videos))
         if not self.question.strip():
             raise UserError(f'{self.source or "example"}: field "question" is empty')
         for kind, mark, given in (("image", IMAGE_MARK, self.images), ("video", VIDEO_MARK, self.videos)):

@@ -227,11 +227,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         import av
     except ImportError:
-        raise UserError('reading videos needs PyAV, the extra "video": pip install "sav-jax[video]"') from None
+        raise UserError('reading videos needs PyAV, the extra "video" of sav-jax: pip install av') from None
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
+            stream = container.streams.best("video")  # cover pictures are video streams, too
+            if stream is None:
                 raise VideoError("it holds no video")
-            yield container, container.streams.video[0]
+            yield container, stream
     except av.error.FFmpegError as error:
         raise VideoError(error.strerror) from None
