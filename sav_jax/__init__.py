@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sav_jax.generation import Generation, generate, score_options
     from sav_jax.headstore import HeadStore
     from sav_jax.lmm import LMM, load
+    from sav_jax.video import Video
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _HOME = {
     "LMM": "lmm",
     "SparseAttentionVectors": "classifier",
     "UserError": "errors",
+    "Video": "video",
     "extract_heads": "extract",
     "generate": "generation",
     "load": "lmm",
@@ -48,6 +50,7 @@ __all__ = [
     "HeadStore",
     "SparseAttentionVectors",
     "UserError",
+    "Video",
     "__version__",
     "extract_heads",
     "generate",

@@ -16,7 +16,7 @@ from sav_jax import cli
 from sav_jax._files import check_output_file, check_output_folder, write_file
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
 from sav_jax.errors import UserError
-from sav_jax.examples import Example, read_examples
+from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 from sav_jax.extract import extract_heads
 from sav_jax.headstore import check_head_array_path, default_cache_dir, write_head_array
 from sav_jax.lmm import LMM, load
@@ -44,7 +44,8 @@ def run(options: Any) -> None:
 
 def _fit(options: cli.Fit) -> None:
     check_output_folder(options.output, "classifier.json")
-    examples = read_examples(options.train, options.question, require_labels=True)
+    frames = options.running.frames or DEFAULT_FRAMES
+    examples = read_examples(options.train, options.question, require_labels=True, frames=frames)
     labels = [str(example.label) for example in examples]
     if len(set(labels)) < 2:
         raise UserError(
@@ -65,7 +66,11 @@ def _fit(options: cli.Fit) -> None:
         shots_per_class=options.shots_per_class,
         max_layer=options.max_layer,
         seed=options.seed,
-        metadata={"model": _model_facts(lmm), "question": options.question or _common_question(examples)},
+        metadata={
+            "model": _model_facts(lmm),
+            "question": options.question or _common_question(examples),
+            "frames": frames if any(example.videos for example in examples) else None,
+        },
     )
     classifier.save(options.output)
     print(_summary(classifier, options.output))
@@ -80,7 +85,8 @@ def _predict(options: cli.Predict) -> None:
     made_with = classifier.metadata.get("model")
     if not isinstance(made_with, dict) or not {"name", "fingerprint", "dtype"} <= made_with.keys():
         raise UserError(f"{options.classifier}: does not say which model it was made with; it was not written by 'fit'")
-    examples = read_examples(options.data, options.question or classifier.metadata.get("question"))
+    frames = _classifier_frames(classifier, options)
+    examples = read_examples(options.data, options.question or classifier.metadata.get("question"), frames=frames)
     wanted = f"{options.classifier} was made with {made_with['name']} (fingerprint {made_with['fingerprint'][:12]})"
     name, dtype = options.model or made_with["name"], options.running.dtype or made_with["dtype"]
     try:
@@ -113,7 +119,7 @@ def _predict(options: cli.Predict) -> None:
 
 def _extract(options: cli.Extract) -> None:
     check_head_array_path(options.output)
-    examples = read_examples(options.data, options.question)
+    examples = read_examples(options.data, options.question, frames=options.running.frames or DEFAULT_FRAMES)
     lmm = _load(options.model, options.running.dtype, options.num_layers)
     heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
     rows = [{"id": example.id, "label": example.label} for example in examples]
@@ -136,7 +142,7 @@ def _eval(options: cli.Eval) -> None:
     if options.train is None and options.test is not None:
         raise UserError("a task of your own needs --train")
     if options.train is not None:
-        tasks = [from_files(options.train, options.test, options.question)]
+        tasks = [from_files(options.train, options.test, options.question, options.running.frames or DEFAULT_FRAMES)]
     else:
         tasks = find_tasks(options.tasks)
     evaluate(
@@ -246,6 +252,16 @@ def _cache_dir(running: cli.Running) -> str | None:
 def _cache(running: cli.Running) -> str | None:
     folder = _cache_dir(running)
     return folder and f"{folder}/heads"
+
+
+def _classifier_frames(classifier: SparseAttentionVectors, options: cli.Predict) -> int:
+    """As many frames of a video as the classifier has learned from."""
+    asked, made_with = options.running.frames, classifier.metadata.get("frames")
+    if made_with is None:  # by pictures or text alone
+        return asked or DEFAULT_FRAMES
+    if asked not in (None, made_with):
+        raise UserError(f"--frames is {asked}; {options.classifier} was made with {made_with} frames of each video")
+    return int(made_with)
 
 
 def _check_heads(lmm: LMM, num_heads: int, max_layer: int | None) -> None:

@@ -33,6 +33,10 @@ class Running:
     batch_size: int = 8
     """Examples per forward pass. Lower it if memory runs out."""
 
+    frames: Annotated[int | None, _optional("FRAMES", "16")] = None
+    """How many frames of each video are shown, sampled uniformly; a shorter video is shown whole. 'predict' takes as
+    many as the classifier was made with, and refuses another number."""
+
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, _optional("{float32,bfloat16,float16}", "as described")
     ] = None
@@ -52,14 +56,16 @@ class Fit:
     """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
 
     train: Path
-    """Labelled examples: JSON Lines with rows {"image": path or list of paths, "question": text, "label": text}, a JSON
-    list of such rows, or a folder with one sub-folder of pictures per class. About 20 examples per class are enough."""
+    """Labelled examples: JSON Lines with rows {"image": path or list of paths, "question": text, "label": text} (and
+    "video" for videos), a JSON list of such rows, or a folder with one sub-folder of pictures (or of videos) per class.
+    About 20 examples per class are enough."""
 
     output: Path
     """Folder for the classifier: classifier.json, which can be read, and classifier.safetensors."""
 
     question: Annotated[str | None, _optional("TEXT", "none")] = None
-    """What to ask about each picture of a folder, and about rows without a question. Stored with the classifier."""
+    """What to ask about each picture or video of a folder, and about rows without a question. Stored with the
+    classifier."""
 
     num_heads: int = 20
     """How many attention heads vote: the paper uses 20."""
@@ -99,7 +105,7 @@ class Predict:
     """The model that the classifier was made with; another one is refused."""
 
     question: Annotated[str | None, _optional("TEXT", "the one stored with the classifier")] = None
-    """What to ask about each picture of a folder, and about rows without a question."""
+    """What to ask about each picture or video of a folder, and about rows without a question."""
 
     running: Running = Running()
 
@@ -117,7 +123,7 @@ class Extract:
     'rows.jsonl' (id and label of each example) and 'meta.json'."""
 
     question: Annotated[str | None, _optional("TEXT", "none")] = None
-    """What to ask about each picture of a folder, and about rows without a question."""
+    """What to ask about each picture or video of a folder, and about rows without a question."""
 
     num_layers: Annotated[int | None, _optional("LAYERS", "all")] = None
     """Run only the first so many layers of the model."""
@@ -169,7 +175,7 @@ class Eval:
     """The labelled queries of the task 'files'."""
 
     question: Annotated[str | None, _optional("TEXT", "none")] = None
-    """For the task 'files': what to ask about each picture of a folder, and about rows without a question."""
+    """For the task 'files': what to ask about each picture or video of a folder, and about rows without a question."""
 
     clip: Annotated[str | None, _optional("MODEL", "none")] = None
     """CLIP checkpoint of the methods 'clip-...': a directory or a hub id."""
@@ -237,7 +243,7 @@ Command = (
         Predict,
         _command(
             "predict",
-            "Classify images with a classifier made by 'fit'.",
+            "Classify images or videos with a classifier made by 'fit'.",
             "sav-jax predict --classifier clf/ --data test.jsonl --output predictions.jsonl",
         ),
     ]
@@ -304,8 +310,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes,),
         )
         running = getattr(options, "running", None)  # not of the commands that run no model
-        if running is not None and running.batch_size < 1:
-            raise UserError(f"--batch-size must be at least 1, not {running.batch_size}")
+        for name in ("batch_size", "frames") if running is not None else ():
+            number = getattr(running, name)
+            if number is not None and number < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {number}")
         from sav_jax import _commands
 
         _commands.run(options)

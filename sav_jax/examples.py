@@ -1,14 +1,17 @@
-"""Rows of a data file, or pictures in class folders, as :class:`Example` objects.
+"""Rows of a data file, or pictures or videos in class folders, as :class:`Example` objects.
 
 Three layouts are read, all by :func:`read_examples`:
 
 * JSON Lines, one object per line, as the SAVs release documents its data:
   ``{"image": path | [path, ...] | [], "question": str, "label": str, "id": str}``. Only the question must be there.
+  ``"video"``, also beside ``"image"``, takes the same; so does a path in ``"image"`` that ends like a video's.
 * The same objects in one JSON list (``[{...}, {...}]``).
-* A folder with one sub-folder per class, holding pictures at any depth; the question is then given by the caller.
+* A folder with one sub-folder per class, holding pictures, or else videos, at any depth; the question is then given by
+  the caller.
 
-Everything that can be checked without decoding a picture is checked while reading, so that a bad row is reported
-before any model runs. Every complaint is a :class:`~sav_jax.errors.UserError` of one line naming file, line and field.
+Everything that can be checked without opening a picture or video is checked while reading, so that a bad row is
+reported before any model runs. Every complaint is a :class:`~sav_jax.errors.UserError` of one line naming file, line
+and field.
 """
 
 from __future__ import annotations
@@ -22,19 +25,27 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import PIL.Image
 import PIL.ImageOps
 
 from sav_jax.errors import UserError
+from sav_jax.models.video import VideoShape
+from sav_jax.video import VIDEO_SUFFIXES, AnyVideo, Video, VideoError, video_digest, video_frames, video_shape
 
 IMAGE_MARK = "<image>"
 """Written in a question, it says where one of the row's images belongs."""
+VIDEO_MARK = "<video>"
+"""The same for one of its videos."""
+
+DEFAULT_FRAMES = 16
+"""How many frames of a video are shown, unless said otherwise: as the SAVs release shows LLaVA-OneVision."""
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """Files of a class folder with one of these endings (in any case) are its pictures; all others are ignored."""
 
+_MEDIA = f"pictures ({', '.join(IMAGE_SUFFIXES)}) or videos ({', '.join(VIDEO_SUFFIXES)})"
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 turn the picture by a quarter, so width and height change places
 # Formats whose size Pillow states as stored, before the orientation is applied.
 _TURNED_WHEN_DECODED = ("JPEG", "MPO", "PNG", "WEBP")
@@ -50,10 +61,14 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
     PIL.Image.DecompressionBombError,
+    VideoError,
 )
 # A PNG may carry its orientation after the pixels, and Pillow decodes the whole picture to find out. Without one of
 # these keywords in the file there is none.
 _PNG_EXIF_KEYWORDS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,17 +83,20 @@ AnyImage = Path | PIL.Image.Image | EncodedImage
 
 @dataclass(frozen=True)
 class Example:
-    """One question about some images, with the right answer where it is known.
+    """One question about some images and videos, with the right answer where it is known.
 
     Attributes:
-      question: the text. It may hold one ``<image>`` per image where the images belong; without them images come first.
+      question: the text. It may hold one ``<image>`` per image, and one ``<video>`` per video, where they belong;
+        without these marks the images come first, then the videos, then the text.
       images: paths, PIL images or :class:`EncodedImage`, in order; empty for a question about text alone.
       label: the class name, or None if unknown.
       id: the row's name in the predictions file.
       source: where the example was read, ``file:line`` or a picture's path; only used in error messages.
+      videos: paths or :class:`~sav_jax.Video` objects (or their frames alone, for 24 frames per second), in order.
+      frames: how many frames of each video are shown, sampled uniformly; a shorter video is shown whole.
 
     Raises:
-      UserError: if the question is empty or holds marks that do not match the images.
+      UserError: if the question is empty or holds marks that do not match images and videos, or no frames are shown.
     """
 
     question: str
@@ -86,19 +104,26 @@ class Example:
     label: str | None = None
     id: str = ""
     source: str = ""
+    videos: tuple[AnyVideo, ...] = ()
+    frames: int = DEFAULT_FRAMES
 
     def __post_init__(self) -> None:
         # Whoever writes a path as a string means a path.
-        images = tuple(Path(image) if isinstance(image, str) else image for image in self.images)
+        images = tuple(Path(item) if isinstance(item, str) else item for item in self.images)
+        videos = tuple(Path(item) if isinstance(item, str) else item for item in self.videos)
         object.__setattr__(self, "images", images)
+        object.__setattr__(self, "videos", tuple(v if isinstance(v, Path | Video) else Video(v) for v in videos))
         if not self.question.strip():
             raise UserError(f'{self.source or "example"}: field "question" is empty')
-        marks = self.question.count(IMAGE_MARK)
-        if marks and marks != len(self.images):
-            raise UserError(
-                f'{self.source or "example"}: field "question" holds {marks} {IMAGE_MARK} mark{"s"[: marks != 1]} '
-                f'for {len(self.images)} image{"s"[: len(self.images) != 1]} in field "image"'
-            )
+        for kind, mark, given in (("image", IMAGE_MARK, self.images), ("video", VIDEO_MARK, self.videos)):
+            marks = self.question.count(mark)
+            if marks and marks != len(given):
+                raise UserError(
+                    f'{self.source or "example"}: field "question" holds {marks} {mark} mark{"s"[: marks != 1]} '
+                    f'for {len(given)} {kind}{"s"[: len(given) != 1]} in field "{kind}"'
+                )
+        if self.frames < 1:
+            raise UserError(f"{self.source or 'example'}: at least 1 frame of a video must be shown, not {self.frames}")
 
     def load_images(self) -> list[PIL.Image.Image]:
         """Decode the images, upright (EXIF orientation applied) and RGB, as transformers' ``load_image`` does.
@@ -159,29 +184,65 @@ class Example:
                 raise self._unreadable(image, error) from error
         return digests
 
-    def _unreadable(self, image: AnyImage, error: BaseException) -> UserError:
-        where = f"{self.source}: " if self.source and self.source != str(image) else ""
-        what = str(image) if isinstance(image, Path) else "an image in memory"
+    def video_shapes(self) -> list[VideoShape]:
+        """Return size, length and sampled frames of each video, without decoding more than its first frame.
+
+        Raises:
+          UserError: if a file is missing, damaged, truncated or not a video, or PyAV is not installed.
+        """
+        return [self._read_video(video, lambda video: video_shape(video, self.frames)) for video in self.videos]
+
+    def load_videos(self) -> list[list[PIL.Image.Image]]:
+        """Decode the sampled frames of each video, upright and RGB.
+
+        Raises:
+          UserError: as :meth:`video_shapes`.
+        """
+        return [self._read_video(video, lambda video: video_frames(video, self.frames)) for video in self.videos]
+
+    def video_digests(self) -> list[str]:
+        """Return each video's SHA-256 in hexadecimal: of the file's bytes, or of a video in memory.
+
+        Raises:
+          UserError: if a file cannot be read.
+        """
+        return [self._read_video(video, video_digest) for video in self.videos]
+
+    def _read_video(self, video: AnyVideo, read: Callable[[AnyVideo], T]) -> T:
+        try:
+            return read(video)
+        except _DECODE_ERRORS as error:
+            raise self._unreadable(video, error) from error
+
+    def _unreadable(self, item: AnyImage | Video, error: BaseException) -> UserError:
+        where = f"{self.source}: " if self.source and self.source != str(item) else ""
+        kind = "video" if item in self.videos else "image"
+        what = str(item) if isinstance(item, Path) else f"a{'n' * (kind == 'image')} {kind} in memory"
         if isinstance(error, FileNotFoundError):
-            return UserError(f'{where}field "image": {what} does not exist')
+            return UserError(f'{where}field "{kind}": {what} does not exist')
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         if isinstance(error, PIL.UnidentifiedImageError):
             reason = "not a picture in a format that Pillow knows"
-        return UserError(f'{where}field "image": {what} cannot be read: {_one_line(reason)}')
+        return UserError(f'{where}field "{kind}": {what} cannot be read: {_one_line(reason)}')
 
 
 def read_examples(
-    path: str | os.PathLike[str], question: str | None = None, *, require_labels: bool = False
+    path: str | os.PathLike[str],
+    question: str | None = None,
+    *,
+    require_labels: bool = False,
+    frames: int = DEFAULT_FRAMES,
 ) -> list[Example]:
     """Read a JSON Lines file, a JSON list or a folder of class folders.
 
-    Relative image paths are relative to the file that names them. Rows come in file order; a folder's in the sorted
+    Relative paths are relative to the file that names them. Rows come in file order; a folder's in the sorted
     order of class names and of paths within a class. Hidden files are ignored.
 
     Args:
-      path: the file or folder. A folder with pictures but no sub-folders is read as examples without labels.
-      question: asked of every picture of a folder, and of every row that has no question of its own.
+      path: the file or folder. A folder with pictures or videos but no sub-folders is read as examples without labels.
+      question: asked of every picture or video of a folder, and of every row that has no question of its own.
       require_labels: if True, a row without a label is an error.
+      frames: how many frames of each video are shown.
 
     Returns:
       At least one example. ``id`` is the row's own ``"id"``, else its running number from 0; in a folder the picture's
@@ -193,14 +254,16 @@ def read_examples(
     root = Path(path)
     if question is not None and not question.strip():
         raise UserError("the question for rows without one (--question) is empty")
+    if frames < 1:
+        raise UserError(f"at least 1 frame of a video must be shown (--frames), not {frames}")
     if root.is_dir():
-        return _read_folder(root, question, require_labels)
+        return _read_folder(root, question, require_labels, frames)
     examples: list[Example] = []
     problems: list[str] = []
     number = 0
     for number, (line, row) in enumerate(json_rows(root), start=1):
         try:
-            examples.append(_example(root, line, number - 1, row, question, require_labels))
+            examples.append(_example(root, line, number - 1, row, question, require_labels, frames))
         except UserError as problem:
             problems.append(str(problem))
     if problems:
@@ -282,7 +345,9 @@ def _json_problem(error: json.JSONDecodeError | RecursionError) -> str:
     return f"malformed JSON: {error.msg} at column {error.colno}"
 
 
-def _example(path: Path, line: int, number: int, row: Any, question: str | None, require_labels: bool) -> Example:
+def _example(
+    path: Path, line: int, number: int, row: Any, question: str | None, require_labels: bool, frames: int
+) -> Example:
     """Check one parsed row and make it an Example; raise UserError naming file, line and field."""
     source = f"{path}:{line}"
     if isinstance(row, UserError):
@@ -316,21 +381,32 @@ def _example(path: Path, line: int, number: int, row: Any, question: str | None,
     elif isinstance(name, bool) or not isinstance(name, str | int):
         raise bad("id", f"must be a string or an integer, not {json_kind(name)}")
 
-    if "image" not in row and "images" in row:
-        raise bad("images", 'is not known; "image" takes a path or a list of paths')
-    images = row.get("image")
-    if images is None:
-        images = []
-    paths = []
-    for item in images if isinstance(images, list) else [images]:
-        if not isinstance(item, str):
-            raise bad("image", f"must be a path or a list of paths, not {json_kind(item)}")
-        if not item.strip():
-            raise bad("image", "holds an empty path")
-        if problem := _path_problem(path.parent, item):
-            raise bad("image", problem)
-        paths.append(path.parent / item)
-    return Example(question=asked, images=tuple(paths), label=label, id=str(name), source=source)
+    paths: dict[str, list[Path]] = {"image": [], "video": []}
+    for field in paths:
+        if field not in row and f"{field}s" in row:
+            raise bad(f"{field}s", f'is not known; "{field}" takes a path or a list of paths')
+        items = row.get(field)
+        if items is None:
+            items = []
+        for item in items if isinstance(items, list) else [items]:
+            if not isinstance(item, str):
+                raise bad(field, f"must be a path or a list of paths, not {json_kind(item)}")
+            if not item.strip():
+                raise bad(field, "holds an empty path")
+            if problem := _path_problem(path.parent, item):
+                raise bad(field, problem)
+            # The SAVs release names videos in "image", too.
+            kind = "video" if item.lower().endswith(VIDEO_SUFFIXES) else field
+            paths[kind].append(path.parent / item)
+    return Example(
+        question=asked,
+        images=tuple(paths["image"]),
+        label=label,
+        id=str(name),
+        source=source,
+        videos=tuple(paths["video"]),
+        frames=frames,
+    )
 
 
 def _path_problem(root: Path, item: str) -> str | None:
@@ -357,7 +433,7 @@ def json_kind(value: Any) -> str:
 # Folders
 
 
-def _read_folder(root: Path, question: str | None, require_labels: bool) -> list[Example]:
+def _read_folder(root: Path, question: str | None, require_labels: bool, frames: int) -> list[Example]:
     if question is None:
         raise UserError(f"{root}: is a folder of pictures; --question must say what to ask about each of them")
     try:
@@ -365,38 +441,58 @@ def _read_folder(root: Path, question: str | None, require_labels: bool) -> list
     except OSError as error:
         raise UserError(f"{root}: cannot be read: {error.strerror}") from None
     classes = [entry for entry in entries if entry.is_dir()]
-    loose = [entry for entry in entries if _is_picture(entry)]
+    loose = [entry for entry in entries if _is_media(entry)]
     if classes and loose:
-        raise UserError(f"{root}: holds pictures ({loose[0].name}, ...) beside class folders ({classes[0].name}, ...)")
+        raise UserError(
+            f"{root}: holds {_media_name(loose)} ({loose[0].name}, ...) beside class folders ({classes[0].name}, ...)"
+        )
     if not classes and not loose:
-        raise UserError(f"{root}: holds neither class folders nor pictures ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{root}: holds neither class folders nor {_MEDIA}")
     if not classes and require_labels:
         raise UserError(
             f"{root}: holds no class folders; one sub-folder per class is expected, its name being the label"
         )
-    examples = [_picture(root, image, question, None) for image in loose]
-    for folder in classes:
-        pictures = _pictures(folder)
-        if not pictures:
-            raise UserError(f"{folder}: class folder without pictures ({', '.join(IMAGE_SUFFIXES)})")
-        examples += [_picture(root, image, question, folder.name) for image in pictures]
-    return examples
+    found: list[tuple[Path, str | None]] = [(path, None) for path in loose]
+    found += [(path, folder.name) for folder in classes for path in _media_of(folder)]
+    videos = [path for path, _ in found if _is_video(path)]
+    pictures = [path for path, _ in found if not _is_video(path)]
+    if videos and pictures:
+        raise UserError(f"{root}: holds pictures ({pictures[0]}, ...) and videos ({videos[0]}, ...); use one kind only")
+    return [
+        Example(
+            question,
+            () if videos else (path,),
+            label,
+            id=path.relative_to(root).as_posix(),
+            source=str(path),
+            videos=(path,) if videos else (),
+            frames=frames,
+        )
+        for path, label in found
+    ]
 
 
-def _picture(root: Path, image: Path, question: str, label: str | None) -> Example:
-    return Example(question, (image,), label, id=image.relative_to(root).as_posix(), source=str(image))
-
-
-def _pictures(folder: Path) -> list[Path]:
+def _media_of(folder: Path) -> list[Path]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if _is_picture(path))
+    found = sorted(path for path in found if _is_media(path))
+    if not found:
+        raise UserError(f"{folder}: class folder without {_MEDIA}")
+    return found
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+def _is_media(path: Path) -> bool:
+    return (path.suffix.lower() in IMAGE_SUFFIXES or _is_video(path)) and path.is_file()
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _media_name(paths: list[Path]) -> str:
+    return "videos" if all(map(_is_video, paths)) else "pictures"
 
 
 # Pictures

@@ -45,7 +45,7 @@ def extract_heads(
     """What every attention head puts out at the last prompt token, before the output projection (SAVs, arXiv
     2412.00142, section 3).
 
-    Equal prompts (text and images) are run once. With a cache, finished examples are read from it and new ones are
+    Equal prompts (text, images, videos) are run once. With a cache, finished examples are read from it and new ones are
     stored batch by batch: a killed run resumes, repeats at most the batches under way, and ends with the same bytes.
 
     Args:
@@ -59,7 +59,7 @@ def extract_heads(
         float32 ``[E, L, N, H]``.
 
     Raises:
-        UserError: an image cannot be read, or features are not finite; names the row.
+        UserError: an image or video cannot be read, or features are not finite; names the row.
     """
     prompts = plan_prompts(lmm, examples)
     keys = [content_key(lmm, prompt, example) for prompt, example in zip(prompts, examples, strict=True)]
@@ -111,11 +111,12 @@ def next_token_logits(lmm: LMM, examples: Sequence[Example], batch_size: int = 8
 
 
 def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
-    """Tokens and visual plans of all examples; reads image headers, no pixels."""
+    """Tokens and visual plans of all examples; reads headers of images and packets of videos, no pixels."""
     prompts = []
     for example in examples:
         try:
-            prompt = lmm.processor.plan(example.question, example.image_sizes())
+            lmm.processor.check_videos(len(example.videos))  # before they are opened
+            prompt = lmm.processor.plan(example.question, example.image_sizes(), example.video_shapes())
             if lmm.max_tokens is not None and len(prompt.token_ids) > lmm.max_tokens:
                 raise UserError(
                     f"{example.source or f'example {example.id}'}: the prompt has {len(prompt.token_ids)} tokens, "
@@ -130,8 +131,11 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
 
 
 def content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
-    """sha256 of everything the features depend on: weights and processor, depth, dtype, tokens, images."""
+    """sha256 of everything the features depend on: weights and processor, depth, dtype, tokens, images, videos and how
+    many of their frames are shown.
+    """
     facts = [_FEATURE_VERSION, lmm.fingerprint, str(lmm.num_layers), str(lmm.dtype), *example.image_digests()]
+    facts += [f"video {digest} {example.frames}" for digest in example.video_digests()]
     digest = hashlib.sha256("\n".join(facts).encode())
     digest.update(prompt.token_ids.tobytes())
     return digest.hexdigest()
@@ -173,15 +177,16 @@ def run_batches(
 ) -> Iterator[tuple[BatchPlan, Any]]:
     """Run ``step(params, batch, *further(plan))`` on every plan.
 
-    Images of the next batches are decoded by a thread while the device computes, and a result is fetched only after
-    the next batch has been dispatched.
+    Images and videos of the next batches are decoded by a thread while the device computes, and a result is fetched
+    only after the next batch has been dispatched.
 
     Yields:
         Each plan, in order, with the step's result for its real rows: arrays of the same structure, on the host.
     """
 
     def host_batch(plan: BatchPlan) -> Batch:
-        pixels = [lmm.processor.pixels(examples[row].load_images()) for row in plan.rows]
+        chosen = [examples[row] for row in plan.rows]
+        pixels = [lmm.processor.pixels(example.load_images(), example.load_videos()) for example in chosen]
         return assemble(plan, prompts, pixels)
 
     bar = tqdm(

@@ -239,6 +239,9 @@ def _settings_digest(directory: Path, config: Mapping[str, Any]) -> str:
         digest.update(name.encode())
         if file.exists():
             digest.update(file.read_bytes())
+    file = directory / "video_preprocessor_config.json"
+    if file.exists():  # without one the fingerprint is what it was before videos were read
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -164,7 +164,13 @@ def _features(arguments: Arguments, array: np.ndarray) -> tuple[Features, list[f
             return None  # type: ignore[return-value]
 
         def read(
-            self, lmm: LMM, examples: Sequence[Example], options: Sequence[str] = (), max_new_tokens: int = 0
+            self,
+            lmm: LMM,
+            examples: Sequence[Example],
+            options: Sequence[str] = (),
+            max_new_tokens: int = 0,
+            *,
+            keep_heads: bool = True,
         ) -> Readings:
             none = np.zeros((len(examples), 0), np.float32)
             return Readings(("",) * len(examples), array[: len(examples)], none, (), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sav_jax.models.quiet import quiet_transformers
 TILE = 30  # with patches of 4: seven to a side and two pixels more, as SigLIP's 384 = 27 * 14 + 6
 PINPOINTS = [[TILE * rows, TILE * columns] for rows in (1, 2, 3) for columns in (1, 2, 3)]
 PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.25, 0.2]}
+VIDEO_PIXELS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.2, 0.3]}
 VISION = {
     "hidden_size": 24,
     "intermediate_size": 40,
@@ -36,6 +38,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% elif part['type'] == 'video' %}<video>\n"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -154,6 +157,7 @@ def build_llava_onevision(directory: Path, *, seed: int = 0, tie: bool = False, 
     size = {"height": TILE, "width": TILE}
     image_processor = ImageProcessor(size=size, image_grid_pinpoints=PINPOINTS, **PIXELS)
     model = scale_weights(Model(config), seed)
+    (directory / "video_preprocessor_config.json").write_text(json.dumps({"size": size, **VIDEO_PIXELS}))
     return _save(OneVisionReference(directory, model, image_processor, tokenizer))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ TEMPLATE = (
 SPECIAL = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 PATCH = 4  # pixels; a visual token is 2 x 2 patches
 MIN_TOKENS, MAX_TOKENS = 6, 200
+# Bounds for videos, in visual tokens: of one frame, or (Qwen3-VL) of all of them.
+VIDEO_TOKENS = {"qwen2_vl": (4, 40), "qwen2_5_vl": (4, 40), "qwen3_vl": (16, 200)}
+VIDEO_PIXELS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.2, 0.3]}
 
 
 class QwenReference(Reference):
@@ -159,4 +163,7 @@ def _save(directory: Path, model_class: Any, config: Any, tokenizer: Any, seed: 
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     image_processor.save_pretrained(directory)
+    least, most = (tokens * token for tokens in VIDEO_TOKENS[config.model_type])
+    video = {"size": {"shortest_edge": least, "longest_edge": most}, **VIDEO_PIXELS}
+    (directory / "video_preprocessor_config.json").write_text(json.dumps(video))
     return QwenReference(directory, model, image_processor, tokenizer)

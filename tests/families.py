@@ -115,9 +115,13 @@ def run_together(lmm: sav_jax.LMM, examples: Sequence[sav_jax.Example]) -> tuple
         taps=max(prompt.visual_index.shape[1] for prompt in prompts),
     )
     plan = BatchPlan(bucket, tuple(range(len(prompts))), len(prompts))
-    batch = assemble(plan, prompts, [lmm.processor.pixels(example.load_images()) for example in examples])
+    batch = assemble(plan, prompts, [example_pixels(lmm, example) for example in examples])
     heads, logits = _step(lmm)(lmm.params, batch)
     return np.asarray(heads[:, :, 0]).swapaxes(0, 1), np.asarray(logits[:, 0])
+
+
+def example_pixels(lmm: sav_jax.LMM, example: sav_jax.Example) -> np.ndarray:
+    return lmm.processor.pixels(example.load_images(), example.load_videos())
 
 
 def _step(lmm: sav_jax.LMM) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:

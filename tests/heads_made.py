@@ -30,7 +30,13 @@ class TextReader(Reader):
         return None  # type: ignore[return-value]
 
     def read(
-        self, lmm: LMM, examples: Sequence[Example], options: Sequence[str] = (), max_new_tokens: int = 0
+        self,
+        lmm: LMM,
+        examples: Sequence[Example],
+        options: Sequence[str] = (),
+        max_new_tokens: int = 0,
+        *,
+        keep_heads: bool = True,
     ) -> Readings:
         self.asked += [example.question for example in examples]
         heads = np.stack([self.table[example.question] for example in examples])

@@ -36,7 +36,8 @@ def disagreements(run: Run, features: Features, key: str) -> tuple[list[dict[str
     for place in np.argsort(-entropy, kind="stable")[:_MOST]:
         example = answers.items[place].example
         names = []
-        for number, image in enumerate(example.load_images()):
+        shown = [*example.load_images(), *(frames[len(frames) // 2] for frames in example.load_videos())]
+        for number, image in enumerate(shown):
             names.append(f"images/{key}_{place}_{number}.png")
             pictures[names[-1]] = _small(image)
         order = np.argsort(-votes[place], kind="stable")

@@ -1,9 +1,9 @@
-"""Which visual token stands where: the host plan of LLaVA's images, as integer index arrays.
+"""Which visual token stands where: the host plan of LLaVA's images and videos, as integer index arrays.
 
 An image is shown as a base view (the whole image at tile size) and, where the family wants it ("anyres"), cut into a
 grid of tiles of its best fitting resolution; the grid's feature map is cropped to the image ("unpadding"), reduced
 bilinearly when it exceeds the token budget of a family that has one, and every row of it ends with a newline vector
-(LLaVA-NeXT; LLaVA-OneVision, arXiv 2408.03326, section 3).
+(LLaVA-NeXT; LLaVA-OneVision, arXiv 2408.03326, section 3). A frame of a video is a base view reduced to half its side.
 
 Sizes are (height, width) throughout.
 """
@@ -19,10 +19,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class VisualPlan:
-    """The visual tokens of one image.
+    """The visual tokens of one image, or of one video or a part of it.
 
     Attributes:
-        num_rows: rows of pixels (tiles) this image contributes.
+        num_rows: rows of pixels (tiles) it contributes.
         index: int32 ``[V, S]`` rows of the prompt's visual table (``models/batch.py``), V visual tokens, S = 1 or 4
             taps.
         weight: float32 ``[V, S]``.
@@ -92,6 +92,24 @@ def plan_base_view(first_tile: int, tokens: int, newline: bool) -> VisualPlan:
     if newline:
         index = np.append(index, np.int32(0))
     return VisualPlan(1, index[:, None], np.ones((len(index), 1), np.float32))
+
+
+def plan_frames(frames: int, *, first_tile: int, patches_per_side: int) -> VisualPlan:
+    """Plan a video: every frame is a base view reduced bilinearly to half its side (rounded up), and a newline vector
+    follows the last.
+
+    Args:
+        frames: how many are shown.
+        first_tile: how many tiles of the prompt come before them.
+        patches_per_side: patches along a side of a tile.
+    """
+    side = patches_per_side
+    taps, weights = bilinear_taps(side, -(-side // 2))
+    table = 1 + first_tile * side**2 + np.arange(frames * side**2, dtype=np.int32).reshape(frames, side, side)
+    index = table[:, taps[:, None, :, None], taps[None, :, None, :]].reshape(-1, 4)
+    weight = np.tile((weights[:, None, :, None] * weights[None, :, None, :]).reshape(-1, 4), (frames, 1))
+    newline = np.eye(1, 4, dtype=np.float32)  # row 0 with weight 1
+    return VisualPlan(frames, np.pad(index, ((0, 1), (0, 0))).astype(np.int32), np.concatenate([weight, newline]))
 
 
 def plan_anyres(

@@ -4,7 +4,8 @@ They differ by config and by how an image is shown (``models/anyres.py``):
 
 - LLaVA-1.5 (arXiv 2310.03744): one view of every image, nothing between rows of patches;
 - LLaVA-NeXT (LLaVA-1.6): anyres for every image;
-- LLaVA-OneVision (arXiv 2408.03326): anyres, reduced to a token budget, for a lone image; one view for several.
+- LLaVA-OneVision (arXiv 2408.03326): anyres, reduced to a token budget, for a lone image; one view for several; one
+  view for every frame of a video, pooled to half its side.
 
 Axes: B batch, P tiles of one prompt, n visual tokens of a tile, X = B * P tiles, D width of the decoder.
 """
@@ -40,6 +41,7 @@ class LlavaConfig:
         image_grid_pinpoints: resolutions (height, width) an image may be fitted to; empty means no anyres.
         anyres_for_several: images that share a prompt are cut into tiles like a lone one.
         max_tiles: N of ``anyres_max_N``: images worth more than N tiles of visual tokens are reduced; None: never.
+        video_token_id: the placeholder of a video; None in families that read none.
     """
 
     vision: VisionConfig
@@ -52,6 +54,7 @@ class LlavaConfig:
     image_grid_pinpoints: tuple[tuple[int, int], ...] = ()
     anyres_for_several: bool = False
     max_tiles: int | None = None
+    video_token_id: int | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlavaConfig:
@@ -83,6 +86,7 @@ class LlavaConfig:
             image_grid_pinpoints=tuple((h, w) for h, w in config.get("image_grid_pinpoints") or ()),
             anyres_for_several=model_type == "llava_next",
             max_tiles=_max_tiles(config["vision_aspect_ratio"]) if model_type == "llava_onevision" else None,
+            video_token_id=config["video_token_index"] if model_type == "llava_onevision" else None,
         )
         if parsed.image_grid_pinpoints and parsed.tokens_per_tile != vision.patches_per_side**2:
             raise UserError(

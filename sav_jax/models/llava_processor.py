@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sav_jax.models.anyres import VisualPlan, plan_anyres, plan_base_view
+from sav_jax.models.anyres import VisualPlan, plan_anyres, plan_base_view, plan_frames
 from sav_jax.models.llava import LlavaConfig
 from sav_jax.models.processor import Processor
+from sav_jax.models.video import VideoShape, frame_values
 
 
 class LlavaProcessor(Processor):
@@ -18,11 +19,18 @@ class LlavaProcessor(Processor):
 
     config: LlavaConfig
 
-    def __init__(self, config: LlavaConfig, tokenizer: Any, image_processor: Any, chat_template: str):
+    def __init__(
+        self,
+        config: LlavaConfig,
+        tokenizer: Any,
+        image_processor: Any,
+        chat_template: str,
+        video_processor: Any = None,
+    ):
         if config.image_grid_pinpoints:
             # The grid must be the model's: the two files could disagree, and the plan is made from config.json.
             image_processor.image_grid_pinpoints = [list(p) for p in config.image_grid_pinpoints]
-        super().__init__(config, tokenizer, image_processor, chat_template)
+        super().__init__(config, tokenizer, image_processor, chat_template, video_processor)
 
     def plan_images(self, image_sizes: Sequence[tuple[int, int]]) -> list[VisualPlan]:
         c = self.config
@@ -44,15 +52,20 @@ class LlavaProcessor(Processor):
             plans.append(plan)
         return plans
 
-    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+    def plan_video(self, video: VideoShape, first_row: int) -> list[VisualPlan]:
+        side = self.config.vision.patches_per_side
+        return [plan_frames(len(video.frames), first_tile=first_row, patches_per_side=side)]
+
+    def pixels(self, images: Sequence[Image.Image], videos: Sequence[Sequence[Image.Image]] = ()) -> np.ndarray:
         """Normalised tiles, float32 ``[P, height, width, 3]``."""
         size = self.config.vision.image_size
-        if not images:
-            return np.zeros((0, size, size, 3), np.float32)
-        if self.config.image_grid_pinpoints:
+        tiles = [np.zeros((0, 3, size, size), np.float32)]
+        if images and self.config.image_grid_pinpoints:
             # Nested: images of one prompt are told from images of several, which decides on base view or anyres.
-            tiles = self.image_processor([list(images)], return_tensors=None, do_pad=False)["pixel_values"]
-        else:
+            tiles += self.image_processor([list(images)], return_tensors=None, do_pad=False)["pixel_values"]
+        elif images:
             views = self.image_processor(list(images), return_tensors=None)["pixel_values"]
-            tiles = [view[None] for view in views]
+            tiles += [view[None] for view in views]
+        for frames in videos:
+            tiles += [frame_values(self.video_processor, frame, (size, size))[None] for frame in frames]
         return np.ascontiguousarray(np.concatenate(tiles).transpose(0, 2, 3, 1), np.float32)

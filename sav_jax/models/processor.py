@@ -1,15 +1,15 @@
-"""Text and images -> :class:`Prompt`: tokenizer, chat template, placeholder expansion and PIL image processors, all
-without torch.
+"""Text, images and videos -> :class:`Prompt`: tokenizer, chat template, placeholder expansion and PIL image
+processors, all without torch.
 
 transformers' combined processors cannot be built without torchvision; these thin ones give the same input ids and
 pixels. A family adds how an image becomes visual tokens (:meth:`Processor.plan_images`) and pixels
-(:meth:`Processor.pixels`).
+(:meth:`Processor.pixels`), and the same for videos if it reads any (``models/video.py``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,21 @@ from PIL import Image
 from sav_jax.errors import UserError
 from sav_jax.models.anyres import VisualPlan
 from sav_jax.models.quiet import quiet_transformers
+from sav_jax.models.video import VideoShape, video_settings
 
 IMAGE_MARK = "<image>"
 """Stands in a question where an image belongs, whatever the model's own image token is."""
+VIDEO_MARK = "<video>"
+"""The same for a video."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, planned from its text and the sizes of its images; pixels come later.
+    """One prompt, planned from its text and the sizes of its images and videos; pixels come later.
 
     Attributes:
         token_ids: int32 ``[T]``.
-        num_rows: P, rows of pixels of all its images.
+        num_rows: P, rows of pixels: those of all its images, then those of all its videos.
         visual_index, visual_weight: ``[T, S]``, see :class:`sav_jax.models.batch.Batch`.
         vision: the family's further plans, each ``[P, ...]``.
         positions: int32 ``[T, 3]`` rotary positions, or None to count tokens.
@@ -69,41 +72,95 @@ class Processor:
         tokenizer: transformers' fast tokenizer.
         image_processor: transformers' PIL image processor.
         image_token: the model's placeholder for an image, one token.
+        video_processor: an image processor with the settings for frames of videos.
+        video_token: the model's placeholder for a video, one token; None if it reads no videos.
     """
 
-    def __init__(self, config: Any, tokenizer: Any, image_processor: Any, chat_template: str):
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any,
+        image_processor: Any,
+        chat_template: str,
+        video_processor: Any = None,
+    ):
         self.config = config
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.video_processor = image_processor if video_processor is None else video_processor
         self.chat_template = chat_template
         self.image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        self.video_token_id: int | None = getattr(config, "video_token_id", None)
+        video_token = None if self.video_token_id is None else tokenizer.convert_ids_to_tokens(self.video_token_id)
+        self.video_token: str | None = video_token
 
     def plan_images(self, image_sizes: Sequence[tuple[int, int]]) -> list[VisualPlan]:
         """The visual tokens of each image of a prompt, from the (height, width) of all of them."""
         raise NotImplementedError
 
-    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """What the tower takes, float32 ``[P, ...]``, for all images of a prompt."""
+    def plan_video(self, video: VideoShape, first_row: int) -> list[VisualPlan]:
+        """The visual tokens of a video, one plan for each video token in :meth:`video_text`.
+
+        Args:
+            video: what is shown of it.
+            first_row: how many rows of pixels of the prompt come before its own.
+        """
         raise NotImplementedError
 
-    def positions(self, token_ids: np.ndarray, plans: Sequence[VisualPlan]) -> np.ndarray | None:
-        """Rotary positions of an expanded prompt, int32 ``[T, 3]``; None counts tokens."""
+    def pixels(self, images: Sequence[Image.Image], videos: Sequence[Sequence[Image.Image]] = ()) -> np.ndarray:
+        """What the tower takes, float32 ``[P, ...]``, for all images and then all videos (their frames) of a prompt."""
+        raise NotImplementedError
+
+    def positions(self, is_visual: np.ndarray, plans: Sequence[VisualPlan]) -> np.ndarray | None:
+        """Rotary positions of an expanded prompt, int32 ``[T, 3]``, from the places ``[T]`` of its visual tokens and
+        their plans in order; None counts tokens.
+        """
         return None
 
-    def text(self, question: str, num_images: int) -> str:
+    def text(self, question: str, num_images: int, videos: Sequence[VideoShape] = ()) -> str:
         """The prompt as the model reads it: chat template with generation prompt, one image token per image.
 
-        ``<image>`` marks in the question say where its images belong; without marks the images come first.
+        ``<image>`` and ``<video>`` marks in the question say where its images and videos belong; without marks the
+        images come first, then the videos.
+
+        Raises:
+            UserError: marks do not match what there is, or the model reads no videos.
         """
-        marks = question.count(IMAGE_MARK)
-        if marks not in (0, num_images):
-            raise UserError(f"question has {marks} {IMAGE_MARK} marks for {num_images} images: {question!r}")
-        content = [] if marks else [{"type": "image"}] * num_images
+        content = []
+        for kind, mark, number in (("image", IMAGE_MARK, num_images), ("video", VIDEO_MARK, len(videos))):
+            marks = question.count(mark)
+            if marks not in (0, number):
+                raise UserError(f"question has {marks} {mark} marks for {number} {kind}s: {question!r}")
+            content += [] if marks else [{"type": kind}] * number
+        self.check_videos(len(videos))
         text = question.replace(IMAGE_MARK, self.image_mark)
+        if videos:
+            text = text.replace(VIDEO_MARK, self.video_mark)
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
         )
+        if not videos or self.video_token is None:
+            return text
+        pieces = text.split(self.video_token)
+        if len(pieces) != len(videos) + 1:
+            raise UserError(
+                f"the prompt has {len(pieces) - 1} video tokens for {len(videos)} videos; does its text contain "
+                f"{self.video_token!r}, or does the chat template leave videos out?"
+            )
+        rest = (self.video_text(video) + piece for video, piece in zip(videos, pieces[1:], strict=True))
+        return "".join([pieces[0], *rest])
+
+    def check_videos(self, number: int) -> None:
+        """Raise UserError if there are videos and the model reads none."""
+        if number and self.video_token is None:
+            raise UserError(
+                "this model reads no videos (those that do: LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL)"
+            )
+
+    def video_text(self, video: VideoShape) -> str:
+        """What stands for a video where the chat template has put its token."""
+        return str(self.video_token)
 
     @property
     def image_mark(self) -> str:
@@ -111,40 +168,55 @@ class Processor:
         return self.image_token
 
     @property
+    def video_mark(self) -> str:
+        """What the chat template writes for a video."""
+        return str(self.video_token)
+
+    @property
     def stop_tokens(self) -> tuple[int, ...]:
         """Tokens that end an answer although no file of the checkpoint says so."""
         return ()
 
-    def plan(self, question: str, image_sizes: Sequence[tuple[int, int]]) -> Prompt:
-        """Tokens and visual plan of a prompt, from the (height, width) of its images alone."""
-        return self.expand(self.encode_prompt(self.text(question, len(image_sizes))), image_sizes)
+    def plan(self, question: str, image_sizes: Sequence[tuple[int, int]], videos: Sequence[VideoShape] = ()) -> Prompt:
+        """Tokens and visual plan of a prompt, from the (height, width) of its images and the shapes of its videos."""
+        return self.expand(self.encode_prompt(self.text(question, len(image_sizes), videos)), image_sizes, videos)
 
-    def expand(self, token_ids: Sequence[int], image_sizes: Sequence[tuple[int, int]]) -> Prompt:
-        """Widen each image token of ``token_ids`` to the visual tokens of its image."""
-        plans = self.plan_images(image_sizes)
+    def expand(
+        self, token_ids: Sequence[int], image_sizes: Sequence[tuple[int, int]], videos: Sequence[VideoShape] = ()
+    ) -> Prompt:
+        """Widen each image or video token of ``token_ids`` to the visual tokens that it stands for."""
+        images = self.plan_images(image_sizes)
+        clips: list[VisualPlan] = []
+        for video in videos:
+            clips += self.plan_video(video, sum(plan.num_rows for plan in [*images, *clips]))
         ids = np.asarray(token_ids, np.int32)
-        image_token = self.config.image_token_id
-        places = np.flatnonzero(ids == image_token)
-        if len(places) != len(plans):
+        is_image = ids == self.config.image_token_id
+        # In a prompt without videos their token is text like any other.
+        is_clip = (ids == self.video_token_id) & bool(videos)
+        if is_image.sum() != len(images):
             raise UserError(
-                f"the prompt has {len(places)} image tokens for {len(plans)} images; "
+                f"the prompt has {is_image.sum()} image tokens for {len(images)} images; "
                 f"does its text contain {self.image_token!r}?"
             )
-        taps = max((plan.index.shape[1] for plan in plans), default=1)
+        assert is_clip.sum() == len(clips)  # text() made sure
+        stored = [*images, *clips]
+        taps = max((plan.index.shape[1] for plan in stored), default=1)
         pieces: list[tuple[np.ndarray, ...]] = []
         start = 0
+        places = np.flatnonzero(is_image | is_clip)
+        plans = list(_in_order(is_clip[places], images, clips))
         for place, plan in zip(places.tolist(), plans, strict=True):
             pieces.append(_text_piece(ids[start:place], taps))
             short = ((0, 0), (0, taps - plan.index.shape[1]))
-            token = np.full(len(plan.index), image_token, np.int32)
+            token = np.full(len(plan.index), ids[place], np.int32)
             pieces.append((token, np.pad(plan.index, short), np.pad(plan.weight, short)))
             start = place + 1
         pieces.append(_text_piece(ids[start:], taps))
         expanded, index, weight = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        names = plans[0].vision if plans else {}
-        vision = {name: np.concatenate([plan.vision[name] for plan in plans]) for name in names}
-        num_rows = sum(plan.num_rows for plan in plans)
-        return Prompt(expanded, num_rows, index, weight, vision, self.positions(expanded, plans))
+        names = stored[0].vision if stored else {}
+        vision = {name: np.concatenate([plan.vision[name] for plan in stored]) for name in names}
+        num_rows = sum(plan.num_rows for plan in stored)
+        return Prompt(expanded, num_rows, index, weight, vision, self.positions(index[:, 0] >= 0, plans))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text as it stands; no special tokens are added, but those written in it are read as such."""
@@ -156,6 +228,13 @@ class Processor:
         return self.tokenizer(text, add_special_tokens=bos is None or not text.startswith(bos), verbose=False)[
             "input_ids"
         ]
+
+
+def _in_order(is_clip: np.ndarray, images: list[VisualPlan], clips: list[VisualPlan]) -> Iterator[VisualPlan]:
+    """The plans in the order of the prompt."""
+    remaining = {False: iter(images), True: iter(clips)}
+    for which in is_clip.tolist():
+        yield next(remaining[which])
 
 
 def _text_piece(ids: np.ndarray, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -201,7 +280,15 @@ def load_processor(directory: str | Path, config: Mapping[str, Any] | None = Non
     token_id = arch.config.image_token_id
     if tokenizer.convert_ids_to_tokens(token_id) is None:
         raise UserError(f"{directory}: its tokenizer has no image token (no token {token_id}, which config.json names)")
-    return arch.processor(arch.config, tokenizer, image_processor, _chat_template(directory, tokenizer))
+    template = _chat_template(directory, tokenizer)
+    if arch.video_defaults is None:
+        return arch.processor(arch.config, tokenizer, image_processor, template)
+    video_processor = load_part(
+        directory,
+        "settings for videos",
+        lambda _: type(image_processor)(**{**arch.video_defaults, **video_settings(directory)}),
+    )
+    return arch.processor(arch.config, tokenizer, image_processor, template, video_processor)
 
 
 def load_part(directory: Path, what: str, loader: Any) -> Any:

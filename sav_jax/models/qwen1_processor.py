@@ -84,8 +84,8 @@ class Qwen1VLProcessor(Processor):
         tokens = self.config.vision.num_queries
         return [plan_base_view(first_tile=i, tokens=tokens, newline=False) for i in range(len(image_sizes))]
 
-    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Normalised images, float32 ``[P, height, width, 3]``."""
+    def pixels(self, images: Sequence[Image.Image], videos: Sequence[Sequence[Image.Image]] = ()) -> np.ndarray:
+        """Normalised images, float32 ``[P, height, width, 3]``; there are no videos."""
         return self.image_processor(images)
 
 

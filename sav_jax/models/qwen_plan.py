@@ -23,23 +23,38 @@ from sav_jax.models.anyres import VisualPlan
 MAX_ASPECT_RATIO = 200
 
 
-def fitted_size(size: tuple[int, int], multiple: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def fitted_size(
+    size: tuple[int, int], multiple: int, min_pixels: int, max_pixels: int, frames: int = 1, group: int = 2
+) -> tuple[int, int]:
     """The size an image is resized to: sides are multiples of ``multiple``, the area lies between the bounds (unless
     rounding forbids it), the shape is kept as well as that allows.
+
+    Args:
+        size: (height, width).
+        multiple: pixels along a side of a visual token.
+        min_pixels, max_pixels: bounds of the area, of all frames together.
+        frames: of a video whose frames share the bounds (Qwen3-VL); 1 for an image, or a frame with bounds of its own.
+        group: frames that make one patch in time.
 
     Raises:
         UserError: one side is more than 200 times the other, which these models refuse.
     """
     height, width = size
+    if frames > 1 and min(size) < multiple:
+        enlarge = max(multiple / height, multiple / width)
+        height, width = int(height * enlarge), int(width * enlarge)
     if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise UserError(f"image of {height} x {width}: one side is more than {MAX_ASPECT_RATIO} times the other")
+        what = "image" if frames == 1 else "video"
+        raise UserError(f"{what} of {size[0]} x {size[1]}: one side is more than {MAX_ASPECT_RATIO} times the other")
     rows, columns = round(height / multiple), round(width / multiple)
-    if rows * columns * multiple**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
+    # Not rounded up to whole patches, as the frames are later on: the reference compares with this.
+    counted = frames if frames == 1 else group * round(frames / group)
+    if counted * rows * columns * multiple**2 > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
         rows = max(1, math.floor(height / shrink / multiple))
         columns = max(1, math.floor(width / shrink / multiple))
-    elif rows * columns * multiple**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+    elif counted * rows * columns * multiple**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
         rows, columns = math.ceil(height * grow / multiple), math.ceil(width * grow / multiple)
     return rows * multiple, columns * multiple
 

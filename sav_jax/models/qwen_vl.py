@@ -22,10 +22,34 @@ from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.qwen_vision import QwenVision, QwenVisionConfig
 from sav_jax.models.weights import Table, layers_from
 
+_QWEN2_VIDEO = {
+    "cap_pixels_per_frame": False,
+    "max_video_tokens": 128_000,
+    "size": {"shortest_edge": 128 * 28**2, "longest_edge": 768 * 28**2},
+}
+VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": _QWEN2_VIDEO,
+    "qwen2_5_vl": _QWEN2_VIDEO,
+    "qwen3_vl": {
+        "cap_pixels_per_frame": False,
+        "size": {"shortest_edge": 128 * 32**2, "longest_edge": 768 * 32**2},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "max_video_tokens": 768,
+    },
+}
+"""``model_type`` -> how transformers prepares frames of videos where a checkpoint does not say."""
+
 
 @dataclass(frozen=True)
 class QwenVLConfig:
-    """Everything a ``config.json`` of the family says that changes the numbers."""
+    """Everything a ``config.json`` of the family says that changes the numbers.
+
+    Attributes:
+        tokens_per_second: steps of rotary time that a second of video takes (Qwen2.5-VL); None: every pair of frames
+            takes one.
+        timestamps: pairs of frames stand apart in the prompt, each behind its time in words (Qwen3-VL).
+    """
 
     vision: QwenVisionConfig
     text: DecoderConfig
@@ -33,6 +57,8 @@ class QwenVLConfig:
     video_token_id: int
     vision_start_token_id: int
     vision_end_token_id: int
+    tokens_per_second: float | None = None
+    timestamps: bool = False
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> QwenVLConfig:
@@ -60,6 +86,10 @@ class QwenVLConfig:
             video_token_id=config["video_token_id"],
             vision_start_token_id=config["vision_start_token_id"],
             vision_end_token_id=config["vision_end_token_id"],
+            tokens_per_second=(
+                config["vision_config"]["tokens_per_second"] if config["model_type"] == "qwen2_5_vl" else None
+            ),
+            timestamps=config["model_type"] == "qwen3_vl",
         )
 
 

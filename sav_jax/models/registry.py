@@ -30,6 +30,8 @@ class Architecture:
         processor: its processor class.
         image_processor_class: gives transformers' PIL image processor class (imported late: it is heavy).
         load_tokenizer: makes the tokenizer of a directory in families that transformers has none for.
+        video_defaults: settings for frames of videos, where no file says otherwise and images have others; None in
+            families that read no videos.
         heads_path: where its heads stand in the ``intermediates`` collection.
     """
 
@@ -40,6 +42,7 @@ class Architecture:
     processor: type[Processor]
     image_processor_class: Callable[[], Any]
     load_tokenizer: Callable[[Path], Any] | None = None
+    video_defaults: Mapping[str, Any] | None = None
     heads_path: tuple[str, ...] = HEADS_PATH
 
 
@@ -64,6 +67,7 @@ def _llava(config: Mapping[str, Any]) -> Architecture:
         table=llava.checkpoint_table(parsed),
         processor=LlavaProcessor,
         image_processor_class=image_processor_class,
+        video_defaults={} if parsed.video_token_id is not None else None,
     )
 
 
@@ -82,6 +86,7 @@ def _qwen_vl(config: Mapping[str, Any]) -> Architecture:
         table=qwen_vl.checkpoint_table(parsed),
         processor=QwenVLProcessor,
         image_processor_class=image_processor_class,
+        video_defaults=qwen_vl.VIDEO_DEFAULTS[config["model_type"]],
     )
 
 

@@ -15,19 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from checkpoints import Reference, picture
-from checkpoints_qwen import MAX_TOKENS, MIN_TOKENS, PATCH, build_qwen2_5_vl, build_qwen2_vl, build_qwen3_vl
+from checkpoints_qwen import MAX_TOKENS, MIN_TOKENS, build_qwen2_5_vl, build_qwen2_vl, build_qwen3_vl
 from PIL import Image
 from safetensors.numpy import save_file
 
 import sav_jax
 from sav_jax.batching import BatchPlan, Bucket, assemble
 from sav_jax.lmm import _init
-from sav_jax.models.anyres import VisualPlan
 from sav_jax.models.batch import Batch
 from sav_jax.models.processor import Prompt, load_processor
-from sav_jax.models.qwen_plan import plan_visual, rope_positions
 from sav_jax.models.registry import architecture
 
 # Values are of order one, float32 has 2^-24 relative spacing and a forward pass chains some hundred sums: 1e-4 absolute
@@ -150,67 +147,6 @@ def test_cases_are_what_they_say(prompts: dict[str, Prompt]) -> None:
     assert 0.8 * MAX_TOKENS < visual["larger than the most"] <= MAX_TOKENS
     assert visual["a line"] == 88
     assert len(prompts["long"].token_ids) > 600
-
-
-def test_video(family: str, qwen: Reference, ours: sav_jax.LMM) -> None:
-    """Five frames (three pairs) and an image in one prompt; patches are cut by transformers' own video processor."""
-    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
-
-    config, processor = qwen.model.config, ours.processor
-    frames = np.stack([np.asarray(picture(32, 48, seed), np.float32) / 127.5 - 1 for seed in range(5)])
-    stacked = torch.tensor(frames.transpose(0, 3, 1, 2)[None])
-    video, pairs, rows, columns = Qwen3VLVideoProcessor.patchify(None, stacked, PATCH, 2, 2)
-    grid = (pairs, rows // 2, columns // 2)
-    assert pairs == 3
-    seconds = 1.5
-    size, image = (40, 30), picture(40, 30, 9)
-
-    def marked(kind: str, count: int) -> list[int]:
-        token = getattr(config, f"{kind}_token_id")
-        return [config.vision_start_token_id, *[token] * count, config.vision_end_token_id]
-
-    def plan(grid: tuple[int, int, int], step: float = 1.0) -> None:
-        sides = ours.config.vision.window_side, ours.config.vision.position_side
-        before = sum(plan.num_rows for plan in plans)
-        options = {"merge": 2, "first_patch": before, "window_side": sides[0], "position_side": sides[1]}
-        plans.append(plan_visual(grid, frame_step=step, **options))
-
-    plans: list[VisualPlan] = []
-    tokens = processor.encode("Watch ")
-    if family == "qwen3_vl":
-        # Every pair of frames on its own, behind the time it was taken at.
-        for pair in range(pairs):
-            tokens += [*processor.encode(f"<{pair:.1f} seconds>"), *marked("video", grid[1] * grid[2])]
-            plan((1, *grid[1:]))
-    else:
-        tokens += marked("video", math.prod(grid))
-        plan(grid, config.vision_config.tokens_per_second * seconds if family == "qwen2_5_vl" else 1.0)
-    image_grid = processor.plan_images([size])[0].grid
-    assert image_grid is not None
-    plan(image_grid)
-    tokens += [*marked("image", math.prod(image_grid)), *processor.encode(" and compare. What is it?")]
-    ids = np.array(tokens, np.int32)
-    types = (ids == config.image_token_id) + 2 * (ids == config.video_token_id)
-    index = np.full((len(ids), 1), -1, np.int32)
-    index[types > 0] = np.concatenate([plan.index for plan in plans])
-    vision = {name: np.concatenate([plan.vision[name] for plan in plans]) for name in plans[0].vision}
-    pixels = np.concatenate([video[0].numpy(), processor.pixels([image])])
-    weight = (index >= 0).astype(np.float32)
-    prompt = Prompt(ids, len(pixels), index, weight, vision, rope_positions(types > 0, plans))
-    heads, logits = run(ours, batch_of([prompt], [pixels], tokens=256, rows=384))
-
-    theirs = {
-        "input_ids": torch.tensor(ids[None], dtype=torch.long),
-        "mm_token_type_ids": torch.tensor(types[None]),
-        "pixel_values_videos": video[0],
-        "video_grid_thw": torch.tensor([[pairs, rows, columns]]),
-        **qwen.image_processor([image], return_tensors="pt"),
-    }
-    if family == "qwen2_5_vl":
-        theirs["second_per_grid_ts"] = torch.tensor([seconds])
-    expected_heads, expected_logits = qwen.run(theirs)
-    np.testing.assert_allclose(heads[0], expected_heads, rtol=0, atol=PARITY)
-    np.testing.assert_allclose(logits[0], expected_logits, rtol=0, atol=PARITY)
 
 
 def test_every_dtype_stays_what_it_is(ours: sav_jax.LMM) -> None:

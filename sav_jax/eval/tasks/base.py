@@ -136,10 +136,12 @@ class Digests:
         self._prompts: dict[int, tuple[Item, str]] = {}
 
     def prompt(self, item: Item) -> str:
-        """Of question and image contents."""
+        """Of question, contents of images and videos, and how many frames are shown."""
         known = self._prompts.get(id(item))  # the item is kept, so that its id stays its own
         if known is None:
-            facts = json.dumps([item.example.question, *item.example.image_digests()])
+            example = item.example
+            videos = [[digest, example.frames] for digest in example.video_digests()]
+            facts = json.dumps([example.question, *example.image_digests(), *videos])
             known = self._prompts[id(item)] = item, hashlib.sha256(facts.encode()).hexdigest()
         return known[1]
 

@@ -6,11 +6,14 @@ import os
 
 from sav_jax.errors import UserError
 from sav_jax.eval.tasks.base import Data, Item, Task
-from sav_jax.examples import Example, read_examples
+from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 
 
 def from_files(
-    train: str | os.PathLike[str], test: str | os.PathLike[str] | None = None, question: str | None = None
+    train: str | os.PathLike[str],
+    test: str | os.PathLike[str] | None = None,
+    question: str | None = None,
+    frames: int = DEFAULT_FRAMES,
 ) -> Task:
     """Make a task of files or folders as :func:`sav_jax.read_examples` takes them.
 
@@ -18,15 +21,16 @@ def from_files(
       train: where support is drawn from.
       test: the queries; None for all of ``train`` that is not drawn.
       question: of pictures in a folder and of rows without one.
+      frames: how many frames of each video are shown.
 
     Raises:
       UserError: if either cannot be read or lacks labels, or the queries have labels that the support has not.
     """
-    pool = read_examples(train, question, require_labels=True)
+    pool = read_examples(train, question, require_labels=True, frames=frames)
     if test is None:
         data = Data(_items(pool))
         return Task("files", f"{train}, a part of it being the labelled examples", lambda _: data, source=str(train))
-    queries = read_examples(test, question, require_labels=True)
+    queries = read_examples(test, question, require_labels=True, frames=frames)
     known = {example.label for example in pool}
     for query in queries:
         if query.label not in known:
