@@ -147,7 +147,7 @@ def load_dual_encoder(path: str | Path, dtype: Any = None, mesh: jax.sharding.Me
     with quiet_transformers():
         tokenizer = load_part(directory, "tokenizer", _load_tokenizer)
         image_processor = load_part(directory, "image processor", NamedImageProcessor.from_pretrained)
-    facts = [weights_digest(directory), repr(config), str(image_settings(image_processor)), _vocabulary(tokenizer)]
+    facts = [weights_digest(directory), repr(config), str(image_settings(image_processor)), _rules(tokenizer)]
     fingerprint = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return DualEncoder(str(path), config, module, params, tokenizer, image_processor, fingerprint, dtype, mesh, raw)
 
@@ -175,20 +175,22 @@ def init_params(module: TwoTowers, key: jax.Array) -> Any:
 
 
 def _load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, GemmaTokenizer, Siglip2Tokenizer
 
     # Without any, transformers would make up a CLIP tokenizer of three words.
     files = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
     if not any((directory / file).exists() for file in files):
         raise UserError(f"none of {', '.join(files)} is there")
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except ImportError:
-        # SigLIP's own tokenizer needs sentencepiece; its checkpoints also hold the same one for tokenizers.
-        if not (directory / "tokenizer.json").exists():
-            raise
-        return PreTrainedTokenizerFast.from_pretrained(directory)
+    # SigLIP's takes away capitals and punctuation, and reads spiece.model (sentencepiece) even where a tokenizer.json
+    # lies beside it, which would keep them.
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if isinstance(tokenizer, GemmaTokenizer):
+        # What the files of SigLIP 2 name, though it was trained on lower-case texts (arXiv 2502.14786, section 2.1).
+        tokenizer = Siglip2Tokenizer.from_pretrained(directory)
+    return tokenizer
 
 
-def _vocabulary(tokenizer: Any) -> str:
-    return str(sorted(tokenizer.get_vocab().items()))
+def _rules(tokenizer: Any) -> str:
+    """What tells one tokenizer from another."""
+    settings = (getattr(tokenizer, name, None) for name in ("do_lower_case", "padding_side"))
+    return f"{type(tokenizer).__name__} {[*settings]} {sorted(tokenizer.get_vocab().items())}"

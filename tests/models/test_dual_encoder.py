@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from checkpoints import byte_tokenizer
 from checkpoints_dual import BUILDERS, LENGTH, TEXTS, DualReference, build_siglip, images
 from safetensors.numpy import load_file, save_file
 
@@ -121,7 +122,7 @@ def test_errors(dual: DualReference, tmp_path: Path) -> None:
     (directory / "preprocessor_config.json").unlink()
     with pytest.raises(sav_jax.UserError, match="cannot load its image processor"):
         sav_jax.load_dual_encoder(directory)
-    for file in directory.glob("tokenizer*"):
+    for file in [*directory.glob("tokenizer*"), *directory.glob("spiece.model")]:
         file.unlink()
     with pytest.raises(sav_jax.UserError, match="cannot load its tokenizer"):
         sav_jax.load_dual_encoder(directory)
@@ -129,13 +130,49 @@ def test_errors(dual: DualReference, tmp_path: Path) -> None:
         sav_jax.load(dual.directory)
 
 
-def test_siglip_tokenizer_without_sentencepiece(tmp_path: Path) -> None:
-    """The hub's SigLIP names a tokenizer class that needs sentencepiece; the same vocabulary lies beside it."""
+def test_token_ids_are_those_of_transformers(dual: DualReference, encoder: sav_jax.DualEncoder) -> None:
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    theirs = dual.tokenizer(TEXTS, **options)["input_ids"]
+    assert type(encoder.tokenizer) is type(dual.tokenizer)
+    assert encoder.tokenizer(TEXTS, **options)["input_ids"] == theirs
+    assert len({tuple(ids) for ids in theirs}) == len(TEXTS)
+    # None of the families knows capitals; SigLIP knows no punctuation either, nor how much space there is.
+    same = ["A photo of a dog!", "a PHOTO of a dog!"]
+    if type(encoder.tokenizer).__name__ == "SiglipTokenizer":
+        same += ["a photo of a dog", "  a photo, (of) a  dog?\n"]
+    assert len({tuple(ids) for ids in encoder.tokenizer(same)["input_ids"]}) == 1
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a tokenizer.json"])
+def test_siglip_tokenizer_as_the_hub_stores_it(tmp_path: Path, beside: bool) -> None:
+    """The config as it was written years ago; and a tokenizer.json, which knows nothing of capitals, is not read."""
     dual = build_siglip(tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "SiglipTokenizer"}))
+    unknown, end = (
+        {"content": token, "lstrip": True, "normalized": False, "rstrip": True, "single_word": False, "special": True}
+        for token in ("<unk>", "</s>")
+    )
+    hub = {
+        "added_tokens_decoder": {"1": end, "2": unknown},
+        "additional_special_tokens": [],
+        "clean_up_tokenization_spaces": True,
+        "do_lower_case": True,
+        "eos_token": "</s>",
+        "model_input_names": ["input_ids"],
+        "model_max_length": LENGTH,
+        "pad_token": "</s>",
+        "processor_class": "SiglipProcessor",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "SiglipTokenizer",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(hub))
+    if beside:
+        byte_tokenizer([], eos="</s>", pad="</s>").backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = sav_jax.load_dual_encoder(tmp_path).embed_texts(TEXTS)
     np.testing.assert_allclose(ours, dual.run(images()[:1], TEXTS)[1], rtol=0, atol=EMBEDDING)
+    (tmp_path / "spiece.model").unlink()
+    with pytest.raises(sav_jax.UserError, match="cannot load its tokenizer"):
+        sav_jax.load_dual_encoder(tmp_path)
 
 
 # The configs of the hub, which leave most fields to defaults, and the millions of parameters they are published with.
