@@ -23,7 +23,7 @@ from sav_jax.lmm import find_model, floating_dtype, weights_digest
 from sav_jax.models.dual_encoder import DualEncoderConfig, TwoTowers, checkpoint_table
 from sav_jax.models.processor import NamedImageProcessor, image_settings, load_part
 from sav_jax.models.quiet import quiet_transformers
-from sav_jax.models.registry import read_config, with_defaults
+from sav_jax.models.registry import impossible_values, read_config, with_defaults
 from sav_jax.models.weights import load_params
 from sav_jax.sharding import data_size, parameter_sharding, put_batch
 
@@ -104,6 +104,8 @@ class DualEncoder:
         batch_size: int,
     ) -> np.ndarray:
         """Batches of few shapes; a short last one is padded with copies of its first row."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         multiple = data_size(self.mesh)
         full = -(-batch_size // multiple) * multiple
         out = np.zeros((len(items), self.config.embedding_size), np.float32)
@@ -159,11 +161,13 @@ def dual_encoder_config(raw: Mapping[str, Any]) -> DualEncoderConfig:
         UserError: unknown ``model_type`` or an unsupported option.
     """
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"config.json: model_type {model_type!r} is not a known dual encoder (known: {', '.join(FAMILIES)})"
         )
-    return DualEncoderConfig.from_hf(with_defaults(raw))
+    full = with_defaults(raw)
+    with impossible_values(model_type):
+        return DualEncoderConfig.from_hf(full)
 
 
 def init_params(module: TwoTowers, key: jax.Array) -> Any:

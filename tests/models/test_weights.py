@@ -193,6 +193,19 @@ def spoil_model_type(directory: Path) -> None:
     change_config(directory, model_type="llama")
 
 
+def spoil_model_type_list(directory: Path) -> None:
+    change_config(directory, model_type=["llava"])
+
+
+def spoil_patch_size(directory: Path) -> None:
+    change_config(directory, vision_config=read_config(directory)["vision_config"] | {"patch_size": 0})
+
+
+def spoil_rope_theta(directory: Path) -> None:
+    text = read_config(directory)["text_config"]
+    change_config(directory, text_config=text | {"rope_parameters": {**text["rope_parameters"], "rope_theta": None}})
+
+
 def spoil_aspect(directory: Path) -> None:
     change_config(directory, vision_aspect_ratio="square")
 
@@ -244,6 +257,9 @@ def change_config(directory: Path, **fields: Any) -> None:
         (spoil_no_config, "no config.json"),
         (spoil_config_json, "config.json: unreadable"),
         (spoil_model_type, "model_type 'llama' is not known (known: llava, llava_next, llava_onevision"),
+        (spoil_model_type_list, "model_type ['llava'] is not known (known: llava, llava_next"),
+        (spoil_patch_size, "a llava_onevision with an impossible or missing value (ZeroDivisionError"),
+        (spoil_rope_theta, "a llava_onevision with an impossible or missing value (TypeError"),
         (spoil_aspect, "vision_aspect_ratio 'square'"),
         (spoil_rope, "rope_type 'linear'"),
         (spoil_window, "sliding-window"),
