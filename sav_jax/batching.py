@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sav_jax.errors import UserError
 from sav_jax.models.batch import Batch
 from sav_jax.models.processor import Prompt
 
@@ -70,7 +71,12 @@ def plan_batches(prompts: Sequence[Prompt], batch_size: int, multiple: int = 1) 
 
     Returns:
         Batches, longest bucket first, so that running out of memory happens at once and not at the end.
+
+    Raises:
+        UserError: ``batch_size`` is not positive.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, not {batch_size}")
     groups: dict[Bucket, deque[int]] = {}
     for row, prompt in enumerate(prompts):
         bucket = Bucket(

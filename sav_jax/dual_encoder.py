@@ -23,7 +23,7 @@ from sav_jax.lmm import find_model, floating_dtype, weights_digest
 from sav_jax.models.dual_encoder import DualEncoderConfig, TwoTowers, checkpoint_table
 from sav_jax.models.processor import NamedImageProcessor, image_settings, load_part
 from sav_jax.models.quiet import quiet_transformers
-from sav_jax.models.registry import read_config, with_defaults
+from sav_jax.models.registry import impossible_values, read_config, with_defaults
 from sav_jax.models.weights import load_params
 from sav_jax.sharding import data_size, parameter_sharding, put_batch
 
@@ -104,6 +104,8 @@ class DualEncoder:
         batch_size: int,
     ) -> np.ndarray:
         """Batches of few shapes; a short last one is padded with copies of its first row."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, not {batch_size}")
         multiple = data_size(self.mesh)
         full = -(-batch_size // multiple) * multiple
         out = np.zeros((len(items), self.config.embedding_size), np.float32)
@@ -147,7 +149,7 @@ def load_dual_encoder(path: str | Path, dtype: Any = None, mesh: jax.sharding.Me
     with quiet_transformers():
         tokenizer = load_part(directory, "tokenizer", _load_tokenizer)
         image_processor = load_part(directory, "image processor", NamedImageProcessor.from_pretrained)
-    facts = [weights_digest(directory), repr(config), str(image_settings(image_processor)), _vocabulary(tokenizer)]
+    facts = [weights_digest(directory), repr(config), str(image_settings(image_processor)), _rules(tokenizer)]
     fingerprint = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return DualEncoder(str(path), config, module, params, tokenizer, image_processor, fingerprint, dtype, mesh, raw)
 
@@ -159,11 +161,13 @@ def dual_encoder_config(raw: Mapping[str, Any]) -> DualEncoderConfig:
         UserError: unknown ``model_type`` or an unsupported option.
     """
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"config.json: model_type {model_type!r} is not a known dual encoder (known: {', '.join(FAMILIES)})"
         )
-    return DualEncoderConfig.from_hf(with_defaults(raw))
+    full = with_defaults(raw)
+    with impossible_values(model_type):
+        return DualEncoderConfig.from_hf(full)
 
 
 def init_params(module: TwoTowers, key: jax.Array) -> Any:
@@ -175,20 +179,22 @@ def init_params(module: TwoTowers, key: jax.Array) -> Any:
 
 
 def _load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, GemmaTokenizer, Siglip2Tokenizer
 
     # Without any, transformers would make up a CLIP tokenizer of three words.
     files = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
     if not any((directory / file).exists() for file in files):
         raise UserError(f"none of {', '.join(files)} is there")
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except ImportError:
-        # SigLIP's own tokenizer needs sentencepiece; its checkpoints also hold the same one for tokenizers.
-        if not (directory / "tokenizer.json").exists():
-            raise
-        return PreTrainedTokenizerFast.from_pretrained(directory)
+    # SigLIP's takes away capitals and punctuation, and reads spiece.model (sentencepiece) even where a tokenizer.json
+    # lies beside it, which would keep them.
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    if isinstance(tokenizer, GemmaTokenizer):
+        # What the files of SigLIP 2 name, though it was trained on lower-case texts (arXiv 2502.14786, section 2.1).
+        tokenizer = Siglip2Tokenizer.from_pretrained(directory)
+    return tokenizer
 
 
-def _vocabulary(tokenizer: Any) -> str:
-    return str(sorted(tokenizer.get_vocab().items()))
+def _rules(tokenizer: Any) -> str:
+    """What tells one tokenizer from another."""
+    settings = (getattr(tokenizer, name, None) for name in ("do_lower_case", "padding_side"))
+    return f"{type(tokenizer).__name__} {[*settings]} {sorted(tokenizer.get_vocab().items())}"

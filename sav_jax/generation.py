@@ -149,6 +149,8 @@ def generate(
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise UserError("temperature must not be negative, top_k at least 1, and top_p in (0, 1]")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be from 0 to 2^32 - 1, not {seed}")
     prompts = plan_prompts(lmm, examples)
     plans = plan_batches(prompts, batch_size, data_size(lmm.mesh))
     room = -(-max_new_tokens // _ROOM) * _ROOM

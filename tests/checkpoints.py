@@ -48,6 +48,14 @@ class Reference:
         heads = torch.stack(captured).reshape(len(layers), config.num_attention_heads, -1)
         return heads.numpy(), logits.numpy()
 
+    def greedy(self, inputs: dict[str, torch.Tensor], count: int) -> list[int]:
+        """The ``count`` likeliest next tokens, one by one."""
+        with torch.no_grad():
+            tokens = self.model.generate(
+                **inputs, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        return tokens[0, inputs["input_ids"].shape[1] :].tolist()
+
 
 def byte_tokenizer(
     special: Sequence[str], *, eos: str, pad: str, bos: str | None = None, append_eos: bool = False, **options: Any

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ TEXT = {"hidden_size": 20, "intermediate_size": 36, "num_hidden_layers": 2, "num
 LENGTH = 16
 
 SIZES = [(30, 30), (30, 90), (11, 400), (91, 33), (37, 53), (300, 260), (13, 11)]
-TEXTS = ["a cat", "A photo of a dog!", "x", "", "much longer than the sixteen tokens that any text can have"]
+TEXTS = [
+    "a cat",
+    "A photo of a dog!",
+    "x",
+    "",
+    "much longer than the sixteen tokens that any text can have",
+    " Über-large\t(red)  DOG's <house> ",
+]
 
 
 def images() -> list[Image.Image]:
@@ -42,7 +50,7 @@ class DualReference:
         """Unit image and text embeddings, and the logits per image."""
         tokens = self.tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
         if self.model.config.model_type == "siglip":
-            del tokens["attention_mask"]  # real SigLIP tokenizers give none: padding was seen in training
+            tokens.pop("attention_mask")  # real SigLIP tokenizers give none: padding was seen in training
         with torch.no_grad():
             output = self.model(**tokens, **self.image_processor(images, return_tensors="pt"))
         return output.image_embeds.numpy(), output.text_embeds.numpy(), output.logits_per_image.numpy()
@@ -78,12 +86,50 @@ def build_clip(directory: Path, *, seed: int = 0, legacy_eos: bool = False) -> D
 
 
 def build_siglip(directory: Path, *, seed: int = 0) -> DualReference:
-    """A SigLIP (or fixed-resolution SigLIP 2) of a few thousand weights; see :func:`build_clip`."""
+    """A SigLIP of a few thousand weights, whose tokenizer is a sentencepiece model trained here; see
+    :func:`build_clip`.
+    """
+    with quiet_transformers():
+        from sentencepiece import SentencePieceTrainer
+        from transformers import SiglipTokenizer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([text.lower() for text in TEXTS] * 20),
+        model_prefix=str(directory / "spiece"),
+        vocab_size=40,
+        eos_id=1,  # as released: no padding and no first token
+        unk_id=2,
+        bos_id=-1,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    (directory / "spiece.vocab").unlink()
+    tokenizer = SiglipTokenizer(str(directory / "spiece.model"), model_max_length=LENGTH)
+    return _save_siglip(directory, tokenizer, seed)
+
+
+def build_siglip2(directory: Path, *, seed: int = 0) -> DualReference:
+    """A fixed-resolution SigLIP 2, the same model with Gemma's tokenizer: bytes, and a merge; see :func:`build_clip`.
+
+    Its files call the tokenizer ``GemmaTokenizer``, as the hub's do, which would keep capitals.
+    """
+    with quiet_transformers():
+        from transformers import GemmaTokenizer, Siglip2Tokenizer
+
+    symbols = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    symbols += ["▁", *string.ascii_letters, "▁a"]
+    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
+    options = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right", "model_max_length": LENGTH}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[("▁", "a")], **options)
+    reference = _save_siglip(directory, tokenizer, seed)
+    return replace(reference, tokenizer=Siglip2Tokenizer.from_pretrained(directory))
+
+
+def _save_siglip(directory: Path, tokenizer: Any, seed: int) -> DualReference:
     with quiet_transformers():
         from transformers import SiglipConfig, SiglipModel
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    tokenizer = byte_tokenizer([], eos="</s>", pad="</s>", append_eos=True, model_max_length=LENGTH)
     text = {
         **TEXT,
         "vocab_size": len(tokenizer),
@@ -101,6 +147,7 @@ BUILDERS: dict[str, Callable[..., DualReference]] = {
     "clip": build_clip,
     "clip, legacy end of text": partial(build_clip, legacy_eos=True),
     "siglip": build_siglip,
+    "siglip 2, fixed resolution": build_siglip2,
 }
 
 

@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import sav_jax
 
 DATA = Path(__file__).parent / "data" / "qwen1_vl"
+OUTPUTS = load_file(DATA / "outputs.safetensors")
+QUESTIONS = json.loads((DATA / "questions.json").read_text())
+PROMPTS: dict[str, dict[str, Any]] = QUESTIONS["prompts"]
+"""``config/what it is`` -> question, images, and whether it is put to a chat model."""
 
 IMAGE_START = 256 + 512 + 3 + 205 + 6  # bytes, merges, three special tokens, the extra ones, and <ref> to </quad>
 
@@ -61,6 +69,28 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     # 10 patches to a side and two pixels more.
     "fewer patches than positions": {**_CONFIG, "visual": {**_VISUAL, "patch_size": 4, "image_size": 42, "heads": 2}},
+}
+
+
+REAL: dict[str, Any] = {  # config.json of Qwen/Qwen-VL-Chat, as far as it is about sizes
+    "model_type": "qwen",
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "seq_length": 2048,
+    "visual": {
+        "heads": 16,
+        "image_size": 448,
+        "image_start_id": 151857,
+        "layers": 48,
+        "mlp_ratio": 4.9231,
+        "output_dim": 4096,
+        "patch_size": 14,
+        "width": 1664,
+    },
 }
 
 
@@ -144,8 +174,6 @@ def build(directory: Path, config: dict[str, Any], chat: bool) -> Path:
         config: its ``config.json``.
         chat: what it says of itself: a chat model, or a base model.
     """
-    from safetensors.numpy import save_file
-
     directory.mkdir(parents=True, exist_ok=True)
     save_file({key: weight(key, shape) for key, shape in shapes(config).items()}, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config))
@@ -154,3 +182,18 @@ def build(directory: Path, config: dict[str, Any], chat: bool) -> Path:
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "QWenTokenizer"}))
     shutil.copy(DATA / "qwen.tiktoken", directory)
     return directory
+
+
+def prompts_of(config: str) -> list[str]:
+    """The names of the prompts that were recorded with a config."""
+    return [key for key in PROMPTS if key.split("/")[0] == config]
+
+
+def is_chat(config: str) -> bool:
+    """Whether a config was recorded as a chat model."""
+    return PROMPTS[prompts_of(config)[0]]["chat"]
+
+
+def example_of(prompt: str) -> sav_jax.Example:
+    images = tuple(Image.fromarray(OUTPUTS[f"image/{name}"]) for name in PROMPTS[prompt]["images"])
+    return sav_jax.Example(PROMPTS[prompt]["question"], images)

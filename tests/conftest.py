@@ -16,7 +16,7 @@ if "jax" in sys.modules:
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    JAX_NUM_CPU_DEVICES="4",  # sharding is exercised without an accelerator
+    JAX_NUM_CPU_DEVICES="8",  # sharding is exercised without an accelerator
     JAX_NUMPY_DTYPE_PROMOTION="strict",
     JAX_NUMPY_RANK_PROMOTION="raise",
     HF_HUB_OFFLINE="1",

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Reference, picture
+from families import case_example, mesh_of, together
 
 import sav_jax
+from sav_jax import generation
 from sav_jax.batching import assemble, plan_batches
 from sav_jax.examples import Example
 from sav_jax.extract import plan_prompts
@@ -36,15 +38,11 @@ def without_stops(lmm: sav_jax.LMM) -> sav_jax.LMM:
 
 def test_greedy_tokens_equal_transformers(reference: Reference, lmm: sav_jax.LMM) -> None:
     ours = sav_jax.generate(without_stops(lmm), EXAMPLES, max_new_tokens=16, batch_size=2, progress=False)
-    for example, generation in zip(EXAMPLES, ours, strict=True):
+    for example, made in zip(EXAMPLES, ours, strict=True):
         text = lmm.processor.text(example.question, len(example.images))
-        inputs = reference.inputs(text, example.load_images())
-        with torch.no_grad():
-            theirs = reference.model.generate(
-                **inputs, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
-            )
-        assert list(generation.token_ids) == theirs[0, inputs["input_ids"].shape[1] :].tolist()
-        assert generation.text == lmm.processor.tokenizer.decode(generation.token_ids, skip_special_tokens=True)
+        theirs = reference.greedy(reference.inputs(text, example.load_images()), 16)
+        assert list(made.token_ids) == theirs
+        assert made.text == lmm.processor.tokenizer.decode(theirs, skip_special_tokens=True)
 
 
 def test_stops_at_the_stop_token(lmm: sav_jax.LMM) -> None:
@@ -61,6 +59,63 @@ def test_fewer_new_tokens_are_the_first_of_more(lmm: sav_jax.LMM) -> None:
     many = sav_jax.generate(without_stops(lmm), EXAMPLES[:2], max_new_tokens=9, progress=False)
     few = sav_jax.generate(without_stops(lmm), EXAMPLES[:2], max_new_tokens=4, progress=False)
     assert [g.token_ids for g in few] == [g.token_ids[:4] for g in many]
+
+
+def test_nothing_is_compiled_anew_within_a_bucket(lmm: sav_jax.LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a step, a prompt's length, the number of new tokens, temperature, nucleus or seed."""
+    traced: list[tuple[int, ...]] = []
+
+    def counted(module: Any, params: Any, prefix: Any, token_ids: Any, lengths: Any) -> Any:
+        traced.append(token_ids.shape)
+        return extend(module, params, prefix, token_ids, lengths)
+
+    monkeypatch.setattr(generation, "extend", counted)
+    examples = [Example("x" * count, (picture(37, 53),)) for count in (3, 17)]  # both below 96 tokens
+
+    def run(row: int, tokens: int, **options: Any) -> None:
+        sav_jax.generate(without_stops(lmm), [examples[row]], tokens, top_k=9, progress=False, **options)
+
+    run(0, 4, temperature=0.5, top_p=0.9)
+    once = len(traced)
+    assert 1 <= once <= 3, "the body of a loop is traced, not each of its steps"
+    assert set(traced) == {(1, 1)}
+    run(0, 32, temperature=0.5, top_p=0.9)
+    run(1, 7, temperature=1.5, top_p=0.3, seed=5)
+    assert len(traced) == once
+    prompts = plan_prompts(lmm, examples)
+    assert len({len(prompt.token_ids) for prompt in prompts}) == 2
+    assert len({plan_batches([prompt], 1)[0].bucket for prompt in prompts}) == 1
+
+
+def test_images_of_other_sizes_in_a_bucket_compile_nothing_new(lmm: sav_jax.LMM) -> None:
+    """Where visual tokens go is data, not shape."""
+    step: Any = generation._generate_step(lmm.module, 32, (), False, 8, False)  # top_k: a program of this test alone
+    options = np.zeros(2, np.uint32), np.uint32(0), np.int32(3), np.float32(1), np.float32(1)
+    for names in (("wide", "two"), ("tall", "text only"), ("two, marked", "odd")):
+        step(lmm.params, together(lmm, [case_example(name) for name in names], tokens=192, rows=4, taps=4), *options)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "model": 4}], ids=str)
+def test_a_mesh_continues_and_scores_alike(reference: Reference, lmm: sav_jax.LMM, axes: dict[str, int]) -> None:
+    sharded = sav_jax.load(reference.directory, mesh=mesh_of(axes))
+    ours, theirs = (
+        sav_jax.generate(without_stops(model), EXAMPLES[:2], 8, batch_size=2, progress=False)
+        for model in (sharded, lmm)
+    )
+    assert ours == theirs
+    ours_scores, scores = (
+        sav_jax.score_options(model, EXAMPLES[:1], ["cat", "a"], batch_size=2, progress=False)
+        for model in (sharded, lmm)
+    )
+    np.testing.assert_allclose(ours_scores, scores, rtol=0, atol=PARITY)
+
+
+def test_bfloat16_generates(reference: Reference) -> None:
+    """Strict promotion would raise where the cache, or what is written into it, had another dtype."""
+    half = sav_jax.load(reference.directory, dtype="bfloat16")
+    (made,) = sav_jax.generate(without_stops(half), EXAMPLES[1:2], 4, progress=False)
+    assert len(made.token_ids) == 4
 
 
 def test_draws_depend_on_seed_and_place_not_on_the_batch(lmm: sav_jax.LMM) -> None:
@@ -99,6 +154,11 @@ def test_sampling_follows_the_filtered_distribution() -> None:
     check(frequencies(1.0, None, 0.8), p * [1, 1, 1, 0, 0])
     check(frequencies(1.0, None, 0.01), p * [1, 0, 0, 0, 0])
     check(frequencies(1.0, 4, 0.72), p * [1, 1, 0, 0, 0])
+
+
+def test_no_options_and_no_examples(lmm: sav_jax.LMM) -> None:
+    assert sav_jax.generate(lmm, [], progress=False) == []
+    assert sav_jax.score_options(lmm, [], ["a"], progress=False).shape == (0, 1)
 
 
 def test_a_kept_prefix_serves_many_continuations(lmm: sav_jax.LMM) -> None:
@@ -153,7 +213,9 @@ def test_bad_options(lmm: sav_jax.LMM, options: list[str]) -> None:
         sav_jax.score_options(lmm, EXAMPLES[:1], options, progress=False)
 
 
-@pytest.mark.parametrize("bad", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}, {"seed": -1}, {"batch_size": 0}]
+)
 def test_bad_generation_options(lmm: sav_jax.LMM, bad: dict[str, Any]) -> None:
     with pytest.raises(sav_jax.UserError):
         sav_jax.generate(lmm, EXAMPLES[:1], **bad)

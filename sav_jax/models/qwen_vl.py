@@ -134,15 +134,17 @@ def checkpoint_table(config: QwenVLConfig) -> Table:
     """
     c = config
     deepstack = c.vision.position_side is not None
-    # Qwen3-VL was released with the names transformers has in memory, the others with those of a bare decoder.
+    # Qwen3-VL was released with the names transformers has in memory, the others with those of a bare decoder; both are
+    # read for all of them.
     visual, text = ("model.visual", "model.language_model") if deepstack else ("visual", "model")
-    renames = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+    to_bare = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."))
+    to_nested = ((r"^visual\.", "model.visual."), (r"^model\.(?!visual\.|language_model\.)", "model.language_model."))
     return Table(
         entries=(
             *qwen_vision.checkpoint_entries(c.vision, visual, "visual"),
             *decoder.checkpoint_entries(c.text, text, "lm_head", "language_model"),
         ),
-        renames=() if deepstack else renames,
+        renames=to_nested if deepstack else to_bare,
         # Layers behind the last one wanted.
         ignored=(layers_from(re.escape(text) + r"\.layers", c.text.num_layers),),
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def architecture(config: Mapping[str, Any], num_layers: int | None = None) -> Ar
         UserError: unknown ``model_type``, an unsupported option, or ``num_layers`` out of range.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"config.json: model_type {model_type!r} is not known (known: {', '.join(sorted(FAMILIES))})")
     full = with_defaults(config)
     if num_layers is not None:
@@ -168,4 +169,15 @@ def architecture(config: Mapping[str, Any], num_layers: int | None = None) -> Ar
         if not 1 <= num_layers <= depth:
             raise UserError(f"num_layers {num_layers} is out of range: the model has {depth} layers")
         full["text_config"]["num_hidden_layers"] = num_layers
-    return FAMILIES[model_type](full)
+    with impossible_values(model_type):
+        return FAMILIES[model_type](full)
+
+
+@contextlib.contextmanager
+def impossible_values(model_type: str) -> Iterator[None]:
+    """While a config is read: what Python has to say of a size that is no number, or zero, becomes a UserError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"config.json: a {model_type} with an impossible or missing value ({reason})") from error

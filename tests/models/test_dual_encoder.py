@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import torch
+from checkpoints import byte_tokenizer
 from checkpoints_dual import BUILDERS, LENGTH, TEXTS, DualReference, build_siglip, images
+from families import mesh_of
 from safetensors.numpy import load_file, save_file
 
 import sav_jax
-from sav_jax.dual_encoder import dual_encoder_config, init_params
-from sav_jax.models.dual_encoder import TwoTowers, checkpoint_table
+from sav_jax.models.dual_encoder import checkpoint_table
 from sav_jax.models.weights import CheckpointError, read_headers, save_checkpoint
 
 # Embeddings are unit vectors; the promised bounds. Logits are twenty times as large.
@@ -53,12 +53,11 @@ def test_batches_do_not_matter(encoder: sav_jax.DualEncoder) -> None:
     assert encoder.embed_images([]).shape == encoder.embed_texts([]).shape == (0, encoder.config.embedding_size)
 
 
-@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "model": 2}], ids=str)
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "model": 4}], ids=str)
 def test_any_mesh_gives_the_same_embeddings(
     dual: DualReference, encoder: sav_jax.DualEncoder, axes: dict[str, int]
 ) -> None:
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(tuple(axes.values())), tuple(axes))
-    sharded = sav_jax.load_dual_encoder(dual.directory, mesh=mesh)
+    sharded = sav_jax.load_dual_encoder(dual.directory, mesh=mesh_of(axes))
     ours, theirs = (e.embed_images(images()[:3], batch_size=2) for e in (sharded, encoder))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=EMBEDDING)
     ours, theirs = (e.embed_texts(TEXTS) for e in (sharded, encoder))
@@ -121,7 +120,7 @@ def test_errors(dual: DualReference, tmp_path: Path) -> None:
     (directory / "preprocessor_config.json").unlink()
     with pytest.raises(sav_jax.UserError, match="cannot load its image processor"):
         sav_jax.load_dual_encoder(directory)
-    for file in directory.glob("tokenizer*"):
+    for file in [*directory.glob("tokenizer*"), *directory.glob("spiece.model")]:
         file.unlink()
     with pytest.raises(sav_jax.UserError, match="cannot load its tokenizer"):
         sav_jax.load_dual_encoder(directory)
@@ -129,64 +128,46 @@ def test_errors(dual: DualReference, tmp_path: Path) -> None:
         sav_jax.load(dual.directory)
 
 
-def test_siglip_tokenizer_without_sentencepiece(tmp_path: Path) -> None:
-    """The hub's SigLIP names a tokenizer class that needs sentencepiece; the same vocabulary lies beside it."""
+def test_token_ids_are_those_of_transformers(dual: DualReference, encoder: sav_jax.DualEncoder) -> None:
+    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True}
+    theirs = dual.tokenizer(TEXTS, **options)["input_ids"]
+    assert type(encoder.tokenizer) is type(dual.tokenizer)
+    assert encoder.tokenizer(TEXTS, **options)["input_ids"] == theirs
+    assert len({tuple(ids) for ids in theirs}) == len(TEXTS)
+    # None of the families knows capitals; SigLIP knows no punctuation either, nor how much space there is.
+    same = ["A photo of a dog!", "a PHOTO of a dog!"]
+    if type(encoder.tokenizer).__name__ == "SiglipTokenizer":
+        same += ["a photo of a dog", "  a photo, (of) a  dog?\n"]
+    assert len({tuple(ids) for ids in encoder.tokenizer(same)["input_ids"]}) == 1
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a tokenizer.json"])
+def test_siglip_tokenizer_as_the_hub_stores_it(tmp_path: Path, beside: bool) -> None:
+    """The config as it was written years ago; and a tokenizer.json, which knows nothing of capitals, is not read."""
     dual = build_siglip(tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "SiglipTokenizer"}))
+    unknown, end = (
+        {"content": token, "lstrip": True, "normalized": False, "rstrip": True, "single_word": False, "special": True}
+        for token in ("<unk>", "</s>")
+    )
+    hub = {
+        "added_tokens_decoder": {"1": end, "2": unknown},
+        "additional_special_tokens": [],
+        "clean_up_tokenization_spaces": True,
+        "do_lower_case": True,
+        "eos_token": "</s>",
+        "model_input_names": ["input_ids"],
+        "model_max_length": LENGTH,
+        "pad_token": "</s>",
+        "processor_class": "SiglipProcessor",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "SiglipTokenizer",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(hub))
+    if beside:
+        byte_tokenizer([], eos="</s>", pad="</s>").backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     ours = sav_jax.load_dual_encoder(tmp_path).embed_texts(TEXTS)
     np.testing.assert_allclose(ours, dual.run(images()[:1], TEXTS)[1], rtol=0, atol=EMBEDDING)
-
-
-# The configs of the hub, which leave most fields to defaults, and the millions of parameters they are published with.
-TEXT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "projection_dim": 768}
-VISION_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-    "patch_size": 14,
-}
-CLIP_L = {"model_type": "clip", "projection_dim": 768, "text_config": TEXT_L}
-SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27}
-SIGLIP = {"model_type": "siglip", "vision_config": {**SO400M, "image_size": 384, "patch_size": 14}}
-REAL: dict[str, tuple[dict[str, Any], float]] = {
-    "clip-vit-base-patch16": ({"model_type": "clip", "vision_config": {"patch_size": 16}}, 149.6),
-    "clip-vit-large-patch14": ({**CLIP_L, "vision_config": VISION_L}, 427.6),
-    "clip-vit-large-patch14-336": ({**CLIP_L, "vision_config": {**VISION_L, "image_size": 336}}, 427.9),
-    "siglip-so400m-patch14-384": ({**SIGLIP, "text_config": SO400M}, 878.0),
-    # Its text tower has the Gemma vocabulary.
-    "siglip2-so400m-patch14-384": ({**SIGLIP, "text_config": {**SO400M, "vocab_size": 256_000}}, 1136.0),
-}
-
-
-def layer_size(d: int, f: int) -> int:
-    """Parameters of one encoder layer."""
-    return 4 * (d * d + d) + d * f + f + f * d + d + 4 * d
-
-
-def counted(config: Any) -> int:
-    """Parameters of a dual encoder, from its sizes."""
-    v, t = config.vision, config.text
-    d, p = v.hidden_size, v.image_size // v.patch_size
-    total = 3 * v.patch_size**2 * d + p * p * d + 2 * d + v.num_layers * layer_size(d, v.intermediate_size)
-    total += t.vocab_size * t.hidden_size + t.max_length * t.hidden_size + 2 * t.hidden_size
-    total += t.num_layers * layer_size(t.hidden_size, t.intermediate_size) + t.hidden_size * config.embedding_size
-    if config.sigmoid:  # bias of the patches, of the text head, the pooling head, scale and bias of logits
-        pooling = d + 4 * (d * d + d) + 2 * d + 2 * d * v.intermediate_size + v.intermediate_size + d
-        return total + d + config.embedding_size + pooling + 2
-    return total + d + d + 2 * d + d * config.embedding_size + 1  # class token and its place, norm, projection, scale
-
-
-@pytest.mark.parametrize("name", REAL)
-def test_sizes_of_the_real_checkpoints(name: str) -> None:
-    from transformers import CONFIG_MAPPING, AutoModel
-
-    raw, published = REAL[name]
-    config = dual_encoder_config(raw)
-    shapes = jax.eval_shape(lambda: init_params(TwoTowers(config), jax.random.key(0)))
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    with torch.device("meta"):
-        theirs = AutoModel.from_config(CONFIG_MAPPING[raw["model_type"]](**raw))
-    assert count == counted(config) == sum(parameter.numel() for parameter in theirs.parameters())
-    assert round(count / 1e6, 1) == published
+    (tmp_path / "spiece.model").unlink()
+    with pytest.raises(sav_jax.UserError, match="cannot load its tokenizer"):
+        sav_jax.load_dual_encoder(tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Reference
-from families import ALONE, CASES, FAMILIES, Family, case_example, case_images
+from families import ALONE, CASES, FAMILIES, MESHES, Family, case_example, case_images
 
 import sav_jax
 from sav_jax.models.weights import save_checkpoint
@@ -70,13 +70,24 @@ def test_long_prompts_are_long(family: Family) -> None:
         assert len(family.lmm.processor.plan(example.question, example.image_sizes()).token_ids) > 600
 
 
-def test_a_mesh_gives_the_same_heads(family: Family) -> None:
-    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
-    lmm = sav_jax.load(family.reference.directory, mesh=mesh)
-    names = ["odd", "two, marked"]
-    heads = sav_jax.extract_heads(lmm, [case_example(name) for name in names], batch_size=2, progress=False)
-    for row, name in zip(heads, names, strict=True):
-        np.testing.assert_allclose(row, family.mixed[name][0], rtol=0, atol=INVARIANCE)
+@pytest.mark.parametrize("case", ALONE)
+def test_greedy_tokens(family: Family, case: str) -> None:
+    """16 of them: prompts without an image, with one and two, short and long, all in one batch."""
+    assert family.greedy[case] == family.expected_greedy[case]
+    assert len({token for tokens in family.greedy.values() for token in tokens}) > 8, "few tokens would hide an error"
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_any_mesh_gives_the_same_heads(family: Family, axes: dict[str, int]) -> None:
+    lmm, *ours = family.sharded(axes)
+    for mine, plain in zip(ours, family.eight, strict=True):
+        np.testing.assert_allclose(mine, plain, rtol=0, atol=INVARIANCE)
+    layers, ways = lmm.params["language_model"]["layers"], axes.get("model", 1)
+    query, gate = layers["self_attn"]["q_proj"]["kernel"], layers["mlp"]["gate_proj"]["kernel"]
+    assert len(gate.sharding.device_set) == np.prod(list(axes.values()))
+    assert gate.addressable_shards[0].data.shape[2] == gate.shape[2] // ways
+    # Heads are split where they can be: 10 and 6 of them two ways, not four.
+    assert query.addressable_shards[0].data.shape[2] == query.shape[2] // (1 if query.shape[2] % ways else ways)
 
 
 def test_fewer_layers_give_the_same_first_heads(family: Family) -> None:

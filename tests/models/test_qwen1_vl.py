@@ -4,8 +4,8 @@ float32.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from checkpoints_qwen1 import OUTPUTS, PROMPTS, QUESTIONS, REAL, example_of, prompts_of
+from families import MESHES, continue_together, mesh_of, run, run_together, step_of, together
 from safetensors.numpy import load_file, save_file
 
 import sav_jax
-from sav_jax.batching import BatchPlan, Bucket, assemble
 from sav_jax.errors import UserError
+from sav_jax.extract import plan_prompts
 from sav_jax.generation import extend, prefill
 from sav_jax.lmm import _init
 from sav_jax.models.batch import Batch
@@ -40,41 +41,6 @@ PARITY = 1e-4
 # The same sums in another company differ by the order of addition only.
 INVARIANCE = 1e-5
 
-OUTPUTS = load_file(qwen1.DATA / "outputs.safetensors")
-QUESTIONS = json.loads((qwen1.DATA / "questions.json").read_text())
-PROMPTS: dict[str, dict[str, Any]] = QUESTIONS["prompts"]
-CHAT = {name: next(p["chat"] for key, p in PROMPTS.items() if key.split("/")[0] == name) for name in qwen1.CONFIGS}
-
-REAL = {  # config.json of Qwen/Qwen-VL-Chat, as far as it is about sizes
-    "model_type": "qwen",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "kv_channels": 128,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "seq_length": 2048,
-    "visual": {
-        "heads": 16,
-        "image_size": 448,
-        "image_start_id": 151857,
-        "layers": 48,
-        "mlp_ratio": 4.9231,
-        "output_dim": 4096,
-        "patch_size": 14,
-        "width": 1664,
-    },
-}
-
-
-def example_of(prompt: str) -> sav_jax.Example:
-    images = tuple(Image.fromarray(OUTPUTS[f"image/{name}"]) for name in PROMPTS[prompt]["images"])
-    return sav_jax.Example(PROMPTS[prompt]["question"], images)
-
-
-def prompts_of(config: str) -> list[str]:
-    return [key for key in PROMPTS if key.split("/")[0] == config]
-
 
 @pytest.fixture(scope="session")
 def load_qwen1(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], sav_jax.LMM]:
@@ -83,7 +49,7 @@ def load_qwen1(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], sav_
     @functools.cache
     def load(config: str) -> sav_jax.LMM:
         directory = tmp_path_factory.mktemp("qwen1_vl") / "model"
-        return sav_jax.load(qwen1.build(directory, qwen1.CONFIGS[config], CHAT[config]))
+        return sav_jax.load(qwen1.build(directory, qwen1.CONFIGS[config], qwen1.is_chat(config)))
 
     return load
 
@@ -106,28 +72,10 @@ def computed(load_qwen1: Callable[[str], sav_jax.LMM]) -> Callable[[str], dict[s
     return compute
 
 
-@functools.cache
-def _step(module: Any) -> Any:
-    return jax.jit(lambda params, batch: module.apply({"params": params}, batch, "read", mutable=["intermediates"]))
-
-
-def run(lmm: sav_jax.LMM, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Heads ``[B, L, N, H]`` and logits ``[B, V]`` at the last tokens."""
-    output, state = _step(lmm.module)(lmm.params, batch)
-    heads = state["intermediates"]["language_model"]["layers"]["self_attn"]["head_outputs"]
-    return np.asarray(heads)[:, :, 0].swapaxes(0, 1), np.asarray(output.logits)[:, 0]
-
-
 def batch_of(lmm: sav_jax.LMM, examples: list[sav_jax.Example]) -> Batch:
-    """All in one batch, a few tokens longer than the longest needs."""
-    prompts = [lmm.processor.plan(example.question, example.image_sizes()) for example in examples]
-    bucket = Bucket(
-        tokens=max(len(prompt.token_ids) for prompt in prompts) + 9,
-        rows=max(prompt.num_rows for prompt in prompts),
-        taps=1,
-    )
-    pixels = [lmm.processor.pixels(example.load_images()) for example in examples]
-    return assemble(BatchPlan(bucket, tuple(range(len(prompts))), len(prompts)), prompts, pixels)
+    """All in one batch, some tokens longer than the longest needs."""
+    longest = max(len(prompt.token_ids) for prompt in plan_prompts(lmm, examples))
+    return together(lmm, examples, tokens=longest + 9)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -162,11 +110,22 @@ def test_every_head_and_logit(computed: Callable[[str], dict[str, tuple[np.ndarr
 def test_greedy_tokens(load_qwen1: Callable[[str], sav_jax.LMM], config: str) -> None:
     """16 of them, also where generation passes the trained length or a multiple of it."""
     lmm, names = load_qwen1(config), prompts_of(config)
-    made = sav_jax.generate(lmm, [example_of(name) for name in names], 16, batch_size=16, progress=False)
-    for name, generation in zip(names, made, strict=True):
-        recorded = OUTPUTS[f"{name}/greedy"].tolist()
-        stop = next((i for i, token in enumerate(recorded) if token in lmm.stop_token_ids), len(recorded))
-        assert list(generation.token_ids) == recorded[:stop], name
+    made = continue_together(lmm, [example_of(name) for name in names])
+    assert made == [OUTPUTS[f"{name}/greedy"].tolist() for name in names]
+
+
+def test_chats_end_where_a_turn_ends(load_qwen1: Callable[[str], sav_jax.LMM]) -> None:
+    """The first stop token of any recorded continuation, put where a stop token of the files would stand."""
+    lmm, name = load_qwen1("released"), "released/text only"
+    recorded = OUTPUTS[f"{name}/greedy"].tolist()
+    stopping = dataclasses.replace(lmm, stop_token_ids=(*lmm.stop_token_ids, recorded[3]))
+    (made,) = sav_jax.generate(stopping, [example_of(name)], 16, progress=False)
+    assert list(made.token_ids) == recorded[: recorded.index(recorded[3])]
+
+
+@functools.cache
+def encode(module: Any) -> Any:
+    return jax.jit(lambda variables, batch: module.apply(variables, batch, method=module.encode_images))
 
 
 @pytest.mark.parametrize("prompt", [name for name in PROMPTS if f"{name}/features" in OUTPUTS])
@@ -175,9 +134,7 @@ def test_visual_tokens(load_qwen1: Callable[[str], sav_jax.LMM], prompt: str) ->
     pixels = lmm.processor.pixels(example.load_images())
     queries = lmm.config.vision.num_queries
     table: Any
-    table, deepstack = lmm.module.apply(
-        {"params": lmm.params}, batch_of(lmm, [example]), method=lmm.module.encode_images
-    )
+    table, deepstack = encode(lmm.module)({"params": lmm.params}, together(lmm, [example]))
     assert deepstack is None
     assert table.shape == (1, 1 + len(pixels) * queries, 256)
     np.testing.assert_array_equal(table[:, 0], 0)
@@ -210,10 +167,14 @@ def test_a_kept_prefix_keeps_its_wavelengths(load_qwen1: Callable[[str], sav_jax
     """What follows a prompt is read as the prompt was, however much it is at once, and whatever length is reached."""
     lmm, names = load_qwen1("long"), prompts_of("long")
     batch = batch_of(lmm, [example_of(name) for name in names])
-    prefix = prefill(lmm.module, lmm.params, batch, room=16)
+    read, further = (
+        jax.jit(function, static_argnums=(0, *static)) for function, static in ((prefill, [3]), (extend, []))
+    )
+    prefix = read(lmm.module, lmm.params, batch, 16)
     greedy = np.stack([OUTPUTS[f"{name}/greedy"] for name in names])
     lengths = jnp.full(len(names), 15)
-    logits, prefix = extend(lmm.module, lmm.params, prefix, jnp.asarray(greedy[:, :15]), lengths)
+    further = jax.jit(extend, static_argnums=0)
+    logits, prefix = further(lmm.module, lmm.params, prefix, jnp.asarray(greedy[:, :15]), lengths)
     np.testing.assert_array_equal(np.argmax(logits, axis=-1), greedy[:, 1:])
     for row, name in enumerate(names):
         np.testing.assert_allclose(logits[row, -1], OUTPUTS[f"{name}/later"], rtol=0, atol=PARITY)
@@ -221,17 +182,17 @@ def test_a_kept_prefix_keeps_its_wavelengths(load_qwen1: Callable[[str], sav_jax
     np.testing.assert_array_equal(prefix.cache.prompt_lengths, batch.lengths)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_the_same_heads_on_several_devices(
-    computed: Callable[[str], dict[str, tuple[np.ndarray, np.ndarray]]], tmp_path: Path, devices: int
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_any_mesh_gives_the_same_heads(
+    load_qwen1: Callable[[str], sav_jax.LMM], tmp_path: Path, axes: dict[str, int]
 ) -> None:
-    axes = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[devices]
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]).reshape(axes), ("data", "model"))
-    lmm = sav_jax.load(qwen1.build(tmp_path, qwen1.CONFIGS["long"], chat=False), mesh=mesh)
-    names = ["long/one image", "long/97 tokens"]
-    heads = sav_jax.extract_heads(lmm, [example_of(name) for name in names], progress=False)
-    for name, values in zip(names, heads, strict=True):
-        np.testing.assert_allclose(values, computed("long")[name][0], rtol=0, atol=INVARIANCE)
+    directory = qwen1.build(tmp_path, qwen1.CONFIGS["long"], chat=False)
+    sharded = sav_jax.load(directory, mesh=mesh_of(axes))
+    examples = [example_of(name) for name in ("long/one image", "long/97 tokens")] * 4
+    for ours, plain in zip(run_together(sharded, examples), run_together(load_qwen1("long"), examples), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=0, atol=INVARIANCE)
+    kernel = sharded.params["language_model"]["layers"]["self_attn"]["qkv"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape[3] == 8 // axes.get("model", 1), "heads are split"
 
 
 def test_bfloat16(load_qwen1: Callable[[str], sav_jax.LMM], tmp_path: Path) -> None:
@@ -331,10 +292,10 @@ def test_number_of_parameters() -> None:
         ({"no_bias": False}, r"no_bias False is not supported \(known: True\)"),
         ({"kv_channels": 64}, r"kv_channels times num_attention_heads must be hidden_size"),
         ({"seq_length": None}, r"seq_length is missing, which use_dynamic_ntk and use_logn_attn need"),
-        ({"visual": {**REAL["visual"], "output_dim": 1024}}, r"visual\.output_dim must be hidden_size"),  # type: ignore[dict-item]
-        ({"visual": {**REAL["visual"], "output_dim": 1000}}, r"visual\.output_dim must be a multiple of 128"),  # type: ignore[dict-item]
-        ({"visual": {**REAL["visual"], "n_queries": 255}}, r"visual\.n_queries 255 is not a square"),  # type: ignore[dict-item]
-        ({"visual": {**REAL["visual"], "image_start_id": None}}, r"visual has no image_start_id"),  # type: ignore[dict-item]
+        ({"visual": {**REAL["visual"], "output_dim": 1024}}, r"visual\.output_dim must be hidden_size"),
+        ({"visual": {**REAL["visual"], "output_dim": 1000}}, r"visual\.output_dim must be a multiple of 128"),
+        ({"visual": {**REAL["visual"], "n_queries": 255}}, r"visual\.n_queries 255 is not a square"),
+        ({"visual": {**REAL["visual"], "image_start_id": None}}, r"visual has no image_start_id"),
         ({"visual": {"image_start_id": 3}}, r"visual has no image_size, patch_size, width, layers, heads, mlp_ratio"),
     ],
 )
@@ -481,7 +442,8 @@ def test_longer_prompts_compile_nothing_new(load_qwen1: Callable[[str], sav_jax.
     lmm = load_qwen1("long")
     batch = batch_of(lmm, [example_of("long/192 tokens"), example_of("long/193 tokens")])
     run(lmm, batch)
-    before = _step(lmm.module)._cache_size()
+    step = step_of(lmm.module, lmm.architecture.heads_path)
+    before = step._cache_size()
     shorter = replace(batch, lengths=np.array([96, 97], np.int32), read_positions=np.array([[95], [96]], np.int32))
     run(lmm, shorter)
-    assert _step(lmm.module)._cache_size() == before
+    assert step._cache_size() == before
