@@ -66,11 +66,9 @@ def build_qwen2_vl(directory: Path, *, seed: int = 0, tie: bool = False, **overr
     with quiet_transformers():
         from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    tokenizer = _tokenizer()
     vision = {"depth": 3, "embed_dim": 24, "num_heads": 3, "mlp_ratio": 2, "hidden_size": 72}
-    text = _text(tokenizer, hidden_size=72, rope_parameters=_rope([1, 2, 3]))
-    config = Qwen2VLConfig(**_common(tokenizer, tie), vision_config=_vision(vision, overrides), text_config=text)
-    return _save(directory, Qwen2VLForConditionalGeneration, config, tokenizer, seed)
+    text = {"hidden_size": 72, "rope_parameters": _rope([1, 2, 3])}
+    return _build(directory, (Qwen2VLConfig, Qwen2VLForConditionalGeneration), vision | overrides, text, tie, seed)
 
 
 def build_qwen2_5_vl(directory: Path, *, seed: int = 0, tie: bool = False, **overrides: Any) -> Reference:
@@ -78,7 +76,6 @@ def build_qwen2_5_vl(directory: Path, *, seed: int = 0, tie: bool = False, **ove
     with quiet_transformers():
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    tokenizer = _tokenizer()
     vision = {
         "depth": 4,
         "hidden_size": 24,
@@ -88,9 +85,9 @@ def build_qwen2_5_vl(directory: Path, *, seed: int = 0, tie: bool = False, **ove
         "window_size": 3 * 2 * PATCH + 1,  # the rest is cut off
         "fullatt_block_indexes": [1, 3],
     }
-    text = _text(tokenizer, hidden_size=72, rope_parameters=_rope([1, 2, 3]))
-    config = Qwen2_5_VLConfig(**_common(tokenizer, tie), vision_config=_vision(vision, overrides), text_config=text)
-    return _save(directory, Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
+    text = {"hidden_size": 72, "rope_parameters": _rope([1, 2, 3])}
+    classes = Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    return _build(directory, classes, vision | overrides, text, tie, seed)
 
 
 def build_qwen3_vl(directory: Path, *, seed: int = 0, tie: bool = False, **overrides: Any) -> Reference:
@@ -98,7 +95,6 @@ def build_qwen3_vl(directory: Path, *, seed: int = 0, tie: bool = False, **overr
     with quiet_transformers():
         from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    tokenizer = _tokenizer()
     vision = {
         "depth": 4,
         "hidden_size": 24,
@@ -108,29 +104,20 @@ def build_qwen3_vl(directory: Path, *, seed: int = 0, tie: bool = False, **overr
         "num_position_embeddings": 49,
         "deepstack_visual_indexes": [0, 2],
     }
-    text = _text(tokenizer, hidden_size=40, head_dim=16, rope_parameters=_rope([4, 2, 2], mrope_interleaved=True))
-    config = Qwen3VLConfig(**_common(tokenizer, tie), vision_config=_vision(vision, overrides), text_config=text)
-    return _save(directory, Qwen3VLForConditionalGeneration, config, tokenizer, seed)
+    rope = _rope([4, 2, 2], mrope_interleaved=True)
+    text = {"hidden_size": 40, "head_dim": 16, "rope_parameters": rope}
+    return _build(directory, (Qwen3VLConfig, Qwen3VLForConditionalGeneration), vision | overrides, text, tie, seed)
 
 
-def _tokenizer() -> Any:
+def _build(
+    directory: Path, classes: tuple[Any, Any], vision: dict[str, Any], text: dict[str, Any], tie: bool, seed: int
+) -> Reference:
+    """A checkpoint of a (config, model) class: what the families have in common, and these fields of their parts."""
     tokenizer = byte_tokenizer(SPECIAL, eos="<|im_end|>", pad="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def _common(tokenizer: Any, tie: bool) -> dict[str, Any]:
     names = {"image": "<|image_pad|>", "video": "<|video_pad|>", "vision_start": "<|vision_start|>"}
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
-    return {**ids, "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"), "tie_word_embeddings": tie}
-
-
-def _vision(sizes: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    return {"patch_size": PATCH, "temporal_patch_size": 2, "spatial_merge_size": 2, **sizes, **overrides}
-
-
-def _text(tokenizer: Any, **sizes: Any) -> dict[str, Any]:
-    return {
+    names["vision_end"] = "<|vision_end|>"
+    decoder = {
         "intermediate_size": 60,
         "num_hidden_layers": 4,
         "num_attention_heads": 6,
@@ -140,8 +127,14 @@ def _text(tokenizer: Any, **sizes: Any) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
-        **sizes,
     }
+    config = classes[0](
+        **{f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()},
+        tie_word_embeddings=tie,
+        vision_config={"patch_size": PATCH, "temporal_patch_size": 2, "spatial_merge_size": 2, **vision},
+        text_config={**decoder, **text},
+    )
+    return _save(directory, classes[1], config, tokenizer, seed)
 
 
 def _rope(sections: list[int], **options: Any) -> dict[str, Any]:

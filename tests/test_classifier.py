@@ -268,8 +268,8 @@ def test_sharding_examples_really_splits_them(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_scoring, "_class_sums", spy)
     SparseAttentionVectors.fit(separable(LABELS), LABELS, 4)
     (heads,) = seen
-    assert {shard.data.shape[0] for shard in heads.addressable_shards} == {len(heads) // 4}
-    assert len({shard.device for shard in heads.addressable_shards}) == 4
+    assert {shard.data.shape[0] for shard in heads.addressable_shards} == {len(heads) // 8}
+    assert len({shard.device for shard in heads.addressable_shards}) == 8
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])

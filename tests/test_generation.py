@@ -70,7 +70,10 @@ def test_nothing_is_compiled_anew_within_a_bucket(lmm: sav_jax.LMM, monkeypatch:
         return extend(module, params, prefix, token_ids, lengths)
 
     monkeypatch.setattr(generation, "extend", counted)
-    examples = [Example("x" * count, (picture(37, 53),)) for count in (3, 17)]  # both below 96 tokens
+    examples = [Example("x" * count, (picture(37, 53),)) for count in (10, 17)]
+    prompts = plan_prompts(lmm, examples)
+    assert len({len(prompt.token_ids) for prompt in prompts}) == 2
+    assert len({plan_batches([prompt], 1)[0].bucket for prompt in prompts}) == 1
 
     def run(row: int, tokens: int, **options: Any) -> None:
         sav_jax.generate(without_stops(lmm), [examples[row]], tokens, top_k=9, progress=False, **options)
@@ -82,9 +85,6 @@ def test_nothing_is_compiled_anew_within_a_bucket(lmm: sav_jax.LMM, monkeypatch:
     run(0, 32, temperature=0.5, top_p=0.9)
     run(1, 7, temperature=1.5, top_p=0.3, seed=5)
     assert len(traced) == once
-    prompts = plan_prompts(lmm, examples)
-    assert len({len(prompt.token_ids) for prompt in prompts}) == 2
-    assert len({plan_batches([prompt], 1)[0].bucket for prompt in prompts}) == 1
 
 
 def test_images_of_other_sizes_in_a_bucket_compile_nothing_new(lmm: sav_jax.LMM) -> None:
@@ -92,7 +92,7 @@ def test_images_of_other_sizes_in_a_bucket_compile_nothing_new(lmm: sav_jax.LMM)
     step: Any = generation._generate_step(lmm.module, 32, (), False, 8, False)  # top_k: a program of this test alone
     options = np.zeros(2, np.uint32), np.uint32(0), np.int32(3), np.float32(1), np.float32(1)
     for names in (("wide", "two"), ("tall", "text only"), ("two, marked", "odd")):
-        step(lmm.params, together(lmm, [case_example(name) for name in names], tokens=192, rows=4, taps=4), *options)
+        step(lmm.params, together(lmm, [case_example(name) for name in names], tokens=320, rows=8, taps=4), *options)
     assert step._cache_size() == 1
 
 

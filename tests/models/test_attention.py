@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from sav_jax.models.attention import BACKENDS, QUERY_BLOCK, attention, segment_attention
+import sav_jax.models.attention
+from sav_jax.models.attention import BACKENDS, QUERY_BLOCK
+
+# Compiled: one by one, the operations of every shape would be, too.
+attention = jax.jit(sav_jax.models.attention.attention, static_argnames=("causal", "backend"))
+segment_attention = jax.jit(sav_jax.models.attention.segment_attention, static_argnames="longest")
 
 
 def arrays(length: int, heads: int, kv_heads: int, batch: int = 2) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -80,7 +85,7 @@ def test_short_segments_need_their_neighbourhood_only(length: int) -> None:
     ids[:, length - 5 :] = 0
     q, k, v = arrays(length, 4, 2)
     whole = segment_attention(q, k, v, jnp.asarray(ids))
-    near = segment_attention(q, k, v, jnp.asarray(ids), longest)
+    near = segment_attention(q, k, v, jnp.asarray(ids), longest=longest)
     assert near.shape == whole.shape
     np.testing.assert_allclose(near[:, : length - 5], whole[:, : length - 5], rtol=0, atol=5e-6)
     assert bool(jnp.isfinite(near).all())

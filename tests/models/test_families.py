@@ -91,10 +91,12 @@ def test_any_mesh_gives_the_same_heads(family: Family, axes: dict[str, int]) -> 
 
 
 def test_fewer_layers_give_the_same_first_heads(family: Family) -> None:
-    shallow = sav_jax.load(family.reference.directory, num_layers=2)
-    assert shallow.heads_shape[0] == 2
+    """One, fewer than Qwen3-VL's two that are given visual features."""
+    shallow = sav_jax.load(family.reference.directory, num_layers=1)
+    assert shallow.heads_shape[0] == 1
+    assert {len(leaf) for leaf in jax.tree.leaves(shallow.params["language_model"]["layers"])} == {1}
     heads = sav_jax.extract_heads(shallow, [case_example("odd")], progress=False)[0]
-    np.testing.assert_allclose(heads, family.mixed["odd"][0][:2], rtol=0, atol=INVARIANCE)
+    np.testing.assert_allclose(heads, family.mixed["odd"][0][:1], rtol=0, atol=INVARIANCE)
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])

@@ -92,14 +92,6 @@ def test_every_dtype_stays_what_it_is(ours: sav_jax.LMM) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("bfloat16")}
 
 
-def test_fewer_layers(family: Family) -> None:
-    """One layer, fewer than Qwen3-VL's two that are given visual features."""
-    shallow = sav_jax.load(family.reference.directory, num_layers=1)
-    assert shallow.params["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"].shape[0] == 1
-    heads = sav_jax.extract_heads(shallow, [case_example("odd")], progress=False)[0]
-    np.testing.assert_allclose(heads, family.mixed["odd"][0][:1], rtol=0, atol=INVARIANCE)
-
-
 @pytest.mark.parametrize(
     "spelling",
     [

@@ -150,7 +150,7 @@ def test_company_does_not_matter(
 ) -> None:
     """Every prompt has wavelengths of its own: those of its length, not of the batch's."""
     lmm = load_qwen1(config)
-    for name in prompts_of(config)[:4]:
+    for name in prompts_of(config)[1:3]:
         alone = sav_jax.extract_heads(lmm, [example_of(name)], progress=False)[0]
         np.testing.assert_allclose(alone, computed(config)[name][0], rtol=0, atol=INVARIANCE)
 
@@ -418,8 +418,8 @@ def test_bicubic_matrix(before: int, after: int) -> None:
 def test_sincos_positions(ours: sav_jax.LMM) -> None:
     """As the published code fills them when nothing is loaded; a fresh model has them too."""
     np.testing.assert_allclose(sincos_positions(16, 256)[::17], OUTPUTS["sincos"], rtol=0, atol=1e-6)
-    fresh = ours.reinitialized(0).params["visual"]["resampler"]["position_embedding"]
-    np.testing.assert_array_equal(fresh, sincos_positions(16, 256))
+    fresh: Any = jax.jit(lambda key: _init(ours.architecture, key)["visual"]["resampler"]["position_embedding"])
+    np.testing.assert_array_equal(fresh(jax.random.key(0)), sincos_positions(16, 256))
 
 
 def test_stretched_theta() -> None:
