@@ -24,9 +24,18 @@ import pytest
 from sav_jax.errors import UserError
 from sav_jax.eval.tasks import TASKS, find_task
 
-LAND = """
-    AnnualCrop Forest HerbaceousVegetation Highway Industrial Pasture PermanentCrop Residential River SeaLake
-""".split()
+LAND = [
+    "AnnualCrop",
+    "Forest",
+    "HerbaceousVegetation",
+    "Highway",
+    "Industrial",
+    "Pasture",
+    "PermanentCrop",
+    "Residential",
+    "River",
+    "SeaLake",
+]
 # Breed, its number in the authors' lists (from 1, cats and dogs together), 1 for cats and 2 for dogs.
 PETS = (("Abyssinian", 1, 1), ("american_bulldog", 2, 2), ("yorkshire_terrier", 37, 2))
 
