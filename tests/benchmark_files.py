@@ -233,7 +233,11 @@ BLINK_ROW = {
 
 
 def write_blink(data: Path) -> None:
-    rows = [BLINK_ROW | {"label": label} for label in ("(A)", "(B)", "(A)")]
+    rows = [
+        BLINK_ROW | {"label": label} | {f"image_{k + 1}": f"val_Art_Style_{i}_{k}.png" for k in range(3)}
+        for i, label in enumerate(("(A)", "(B)", "(A)"), start=1)
+    ]
     whole(data / "blink" / "Art_Style.json", rows)
-    for i in range(3):
-        picture(data / "blink" / "images" / f"val_Art_Style_1_{i}.png")
+    for i in range(1, 4):
+        for k in range(3):
+            picture(data / "blink" / "images" / f"val_Art_Style_{i}_{k}.png")
