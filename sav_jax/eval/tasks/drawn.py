@@ -6,11 +6,12 @@ Glyphs are in typefaces and pen styles, and scenes of seeds, that the bundled mo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from sav_jax.eval.tasks.base import Data, Item, Task
-from sav_jax.eval.tasks.group_metrics import all_right, by_group
+from sav_jax.eval.tasks.groups import all_right, by_group
 from sav_jax.examples import Example
 from sav_jax.world.glyphs import LETTERS
 from sav_jax.world.scene import Scene, draw, sample_scene
@@ -58,6 +59,12 @@ def _naming(
 def _texture(scene: Scene) -> str | None:
     """Of large shapes: on small ones patterns are a few pixels."""
     return scene.thing.texture if scene.thing.size == "large" else None
+
+
+def _parse_letter(text: str, _: Item) -> str | None:
+    """The last letter that stands by itself: "a" may be an article, but not at the end."""
+    found = re.findall(r"\b[a-z]\b", text.casefold())
+    return found[-1] if found else None
 
 
 def _claims(_: Path) -> Data:
@@ -112,6 +119,7 @@ TASKS = (
         prompt=_GLYPH_QUESTION,
         split=_SPLIT,
         labels=tuple(LETTERS),
+        parse=_parse_letter,
         class_prompt="the letter {label}",
     ),
     Task(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sav_jax.errors import UserError
 from sav_jax.eval.tasks.base import Data, Item, Task
-from sav_jax.eval.tasks.group_metrics import all_right, by_group
+from sav_jax.eval.tasks.groups import all_right, joined
 from sav_jax.eval.tasks.parquet import parquet_objects
 from sav_jax.eval.tasks.release import Release
 from sav_jax.eval.tasks.rows import Row, read_items
@@ -43,7 +43,12 @@ RETRIEVAL = Release(
     {"naturalbench_ret_test.jsonl": 3800},
     pictures="images/: its pictures train_00000.jpg ... as exported from "
     "https://huggingface.co/datasets/BaiqiL/NaturalBench",
-    optional={"naturalbench_ret_train.jsonl": 40},
+)
+_RELEASED = Release(
+    RETRIEVAL.folder,
+    RETRIEVAL.address,
+    {**RETRIEVAL.files, "naturalbench_ret_train.jsonl": 40},
+    RETRIEVAL.pictures,
 )
 
 
@@ -63,7 +68,7 @@ def _load(folder: Path) -> Data:
                 id=f"{group}-{role}",
                 source=row.source,
             )
-            found.append(Item(example, group=group, role=role, offered=_ANSWERS[kind], subset=kind))
+            found.append(Item(example, group=group, role=f"{group}/{role}", offered=_ANSWERS[kind], subset=kind))
         return found
 
     if (folder / "naturalbench.jsonl").is_file():
@@ -86,8 +91,9 @@ def parse_naturalbench(text: str, item: Item) -> str | None:
 
 def _retrieval(with_released_support: bool) -> Callable[[Path], Data]:
     def load(folder: Path) -> Data:
-        folder = folder.with_name(RETRIEVAL.folder)
-        RETRIEVAL.require(RETRIEVAL.folder, folder)
+        release = _RELEASED if with_released_support else RETRIEVAL
+        folder = folder.with_name(release.folder)
+        release.require("naturalbench-retrieval" + "-released" * with_released_support, folder)
 
         def item(row: Row, group: str, role: str) -> Item:
             example = Example(
@@ -97,18 +103,20 @@ def _retrieval(with_released_support: bool) -> Callable[[Path], Data]:
                 id=str(row.number),
                 source=row.source,
             )
-            return Item(example, group=group, role=role)
+            return Item(example, group=group, role=f"{group}/{role}" if role else "")
 
         def tested(row: Row) -> list[Item]:
             return [item(row, str(row.number // 4), ROLES[row.number % 4])]
 
-        queries = read_items(RETRIEVAL, folder, "naturalbench_ret_test.jsonl", tested)
+        queries = read_items(release, folder, "naturalbench_ret_test.jsonl", tested)
         for start in range(0, len(queries), 4):
             _check_group(queries[start : start + 4])
+        # A picture with its caption may stand in several groups: they are drawn or asked together.
+        queries = joined(queries, lambda item: item.example.images)
         if not with_released_support:
             return Data(queries)
         return Data(
-            read_items(RETRIEVAL, folder, "naturalbench_ret_train.jsonl", lambda row: [item(row, "", "")]), queries
+            read_items(release, folder, "naturalbench_ret_train.jsonl", lambda row: [item(row, "", "")]), queries
         )
 
     return load
@@ -129,11 +137,15 @@ def _check_group(items: tuple[Item, ...]) -> None:
 
 
 def _question(item: Item) -> str:
-    return f"{item.group}/{item.role[:2]}"
+    return item.role[:-2]
 
 
 def _picture(item: Item) -> str:
-    return f"{item.group}/{item.role[2:]}"
+    return f"{_group(item)}/{item.role[-2:]}"
+
+
+def _group(item: Item) -> str:
+    return item.role.rpartition("/")[0]
 
 
 METRICS = (
@@ -141,7 +153,7 @@ METRICS = (
     all_right(
         "i_acc", "share of the pictures about which both questions are answered rightly (chance: 0.25)", _picture, 2
     ),
-    all_right("g_acc", "share of the groups with all four answers right (chance: 0.0625)", by_group, 4),
+    all_right("g_acc", "share of the groups with all four answers right (chance: 0.0625)", _group, 4),
 )
 _SOURCE = (
     "Li et al.: NaturalBench: Evaluating Vision-Language Models on Natural Adversarial Samples (NeurIPS 2024, "
@@ -171,22 +183,20 @@ TASKS = (
         source=f"{_SOURCE}; rows and prompt of SAVs (arXiv 2412.00142)",
         release=RETRIEVAL,
         prompt=_RETRIEVAL_PROMPT,
-        split="support is drawn from naturalbench_ret_test.jsonl; groups of which an item was drawn are not asked",
+        split="support is drawn from naturalbench_ret_test.jsonl; groups that share a picture with it are not asked",
         labels=("Yes", "No"),
         metric="g_acc",
         metrics=METRICS,
     ),
     Task(
         "naturalbench-retrieval-released",
-        "the same with the released support, all of whose 40 rows also are queries: needs --allow-leak",
+        "the same with the released support of 40 rows, which 53 of the queries repeat: needs --allow-leak",
         _retrieval(True),
         source=f"{_SOURCE}; rows and prompt of SAVs (arXiv 2412.00142)",
-        release=Release(
-            RETRIEVAL.folder, RETRIEVAL.address, {**RETRIEVAL.files, **RETRIEVAL.optional}, RETRIEVAL.pictures
-        ),
+        release=_RELEASED,
         prompt=_RETRIEVAL_PROMPT,
         split="support is drawn from naturalbench_ret_train.jsonl (20 rows per class); all rows of "
-        "naturalbench_ret_test.jsonl are asked, those 40 among them",
+        "naturalbench_ret_test.jsonl are asked, those 40 and 13 equal ones among them",
         labels=("Yes", "No"),
         metric="g_acc",
         metrics=METRICS,

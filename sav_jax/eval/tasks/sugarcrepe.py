@@ -13,7 +13,7 @@ import numpy as np
 
 from sav_jax.eval.metrics import Answers, Metric, Units
 from sav_jax.eval.tasks.base import Data, Item, Task
-from sav_jax.eval.tasks.group_metrics import all_right
+from sav_jax.eval.tasks.groups import all_right
 from sav_jax.eval.tasks.release import Release, warn
 from sav_jax.eval.tasks.rows import Row, read_items
 from sav_jax.examples import Example

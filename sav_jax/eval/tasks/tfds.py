@@ -138,8 +138,11 @@ def _items(
 ) -> tuple[Item, ...]:
     """A split's examples; their pictures stay where they are."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.features import Image
 
-    source = builder.as_data_source(split=split, decoders={image: tfds.decode.SkipDecoding()})
+    # Pictures stay encoded, masks and the like among them.
+    still = {key: tfds.decode.SkipDecoding() for key, kind in builder.info.features.items() if isinstance(kind, Image)}
+    source = builder.as_data_source(split=split, decoders=still)
     items = []
     for number in range(len(source)):
         record = source[number]

@@ -1,13 +1,31 @@
-"""Metrics of items that belong together: a question, an image, a pair or a group counts only if all of it is right."""
+"""Items that belong together: kept on one side of a split, and right only if all of them are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
 from sav_jax.eval.metrics import Answers, Metric, Units, right
 from sav_jax.eval.tasks.base import Item
+
+
+def joined(items: Sequence[Item], key: Callable[[Item], Hashable]) -> tuple[Item, ...]:
+    """Make one group of the groups that have a key in common, such as a picture that stands in several of them."""
+    parents: dict[Hashable, Hashable] = {}
+
+    def root(name: Hashable) -> Hashable:
+        while parents.setdefault(name, name) != name:
+            parents[name] = name = parents[parents[name]]
+        return name
+
+    for item in items:
+        parents[root(("key", key(item)))] = root(("group", item.group))
+    names: dict[Hashable, str] = {}  # a joined group is called as the first of its groups
+    return tuple(
+        dataclasses.replace(item, group=names.setdefault(root(("group", item.group)), item.group)) for item in items
+    )
 
 
 def by_group(item: Item) -> str:
