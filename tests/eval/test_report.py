@@ -278,7 +278,7 @@ def test_thirty_seven_classes_and_many_methods_stay_readable(tmp_path: Path) -> 
     assert width < 11 * 72
     assert picture.count(b"a_rather_long_\xe2\x80\xa6") == 74, "long names are cut in the middle"
     assert len(picture) < 200_000
-    assert "The 7 best of each task" in page.text
+    assert "Drawn are the 7 best of each task" in page.text
     assert "The 8 most accurate methods are shown" in page.text
     styles = {json.dumps(line_style(i), default=str) for i in range(28)}
     assert len(styles) == 28
