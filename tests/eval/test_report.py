@@ -277,8 +277,9 @@ def test_thirty_seven_classes_and_many_methods_stay_readable(tmp_path: Path) -> 
     width = float(ElementTree.fromstring(picture).attrib["width"].removesuffix("pt"))
     assert width < 11 * 72
     assert picture.count(b"a_rather_long_\xe2\x80\xa6") == 74, "long names are cut in the middle"
+    assert "share of the right label's queries (%)" in words_in(picture), "without numbers there is a scale"
     assert len(picture) < 200_000
-    assert "The 7 best of each task" in page.text
+    assert "Drawn are the 7 best of each task" in page.text
     assert "The 8 most accurate methods are shown" in page.text
     styles = {json.dumps(line_style(i), default=str) for i in range(28)}
     assert len(styles) == 28

@@ -69,8 +69,7 @@ def reliability_figure(
             mean, share, counts = calibration_bins(*found[method])
             axis.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle=(0, (3, 2)))
             axis.vlines(mean, mean, share, color="#D55E00", linewidth=1.2)
-            axis.plot(mean, share, color="#0072B2", linewidth=1.2)
-            axis.scatter(mean, share, s=5 + 170 * counts / counts.sum(), color="#0072B2", zorder=3)
+            axis.scatter(mean, share, s=5 + 170 * counts / counts.sum(), color="#0072B2", zorder=3, clip_on=False)
             if errors.get(method) is not None:
                 axis.text(0.97, 0.05, f"ECE {errors[method]:.3f}", transform=axis.transAxes, ha="right")
             axis.set_xlim(0, 1.02)

@@ -14,6 +14,7 @@ from sav_jax.eval.report.words import metric_name
 from sav_jax.eval.stored import Results
 
 _MOST_LINES = 7
+_FARTHEST = 0.4  # from the best, as a share
 
 
 def shots_figure(table: Table) -> Figure | None:
@@ -52,7 +53,12 @@ def shots_figure(table: Table) -> Figure | None:
         )
         return drawing
 
-    which = f" The {_MOST_LINES} best of each task and its best without labelled examples are drawn." if cut else ""
+    which = (
+        f" Drawn are the {_MOST_LINES} best of each task, as far as they are within {100 * _FARTHEST:.0f} points of "
+        "the best, and the best without labelled examples."
+        if cut
+        else ""
+    )
     return Figure(
         "figure_shots.svg",
         draw(make),
@@ -158,10 +164,12 @@ def _ranked(table: Table, row: Row, column: Column) -> Cell | None:
 
 
 def _shown(table: Table, columns: Sequence[Column]) -> set[Row]:
-    """The best methods for the most shots, and the best one without labelled examples."""
-    ranked = [row for row, cell in table.of_column(columns[-1]) if cell.ranked]
-    untaught = [row for row in ranked if not row.uses_support]
-    return {*ranked[:_MOST_LINES], *untaught[:1]}
+    """The best methods for the most shots, and the best one without labelled examples; none that would squeeze the
+    others together.
+    """
+    ranked = [(row, cell.run.primary.mean) for row, cell in table.of_column(columns[-1]) if cell.ranked]
+    near = [row for row, value in ranked if abs(value - ranked[0][1]) <= _FARTHEST]
+    return {*near[:_MOST_LINES], *[row for row, _ in ranked if not row.uses_support][:1]}
 
 
 def _names(names: Mapping[str, Any]) -> str:

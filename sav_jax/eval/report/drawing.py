@@ -91,6 +91,8 @@ def new_figure(width: float, height: float) -> Any:
 
 def panels(titles: Sequence[str], per_row: int, width: float, height: float) -> tuple[Any, list[Any]]:
     """A figure of one panel per title, each so many inches wide and high."""
+    if len(titles) == 1:
+        width, height = 1.5 * width, 1.2 * height  # a single panel has room
     columns = min(per_row, len(titles))
     rows = -(-len(titles) // columns)
     drawing = new_figure(columns * width + 0.2, rows * height + 0.2)

@@ -154,9 +154,10 @@ def confusion_figure(counts: np.ndarray, labels: Sequence[str], method: str, nam
                 place = (column + 0.5, row + 0.5)
                 text = f"{100 * shares[row, column]:.0f}"
                 axis.text(*place, text, ha="center", va="center", color=colour, fontsize=8)
-        bar = drawing.colorbar(image, ax=axis, format=FuncFormatter(lambda v, _: f"{100 * v:.0f}"), shrink=0.8)
-        bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
-        bar.set_label("share of the right label's queries (%)")
+        else:  # numbers need no scale, and a small picture has no room for one
+            bar = drawing.colorbar(image, ax=axis, format=FuncFormatter(lambda v, _: f"{100 * v:.0f}"), shrink=0.8)
+            bar.set_ticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
+            bar.set_label("share of the right label's queries (%)")
         return drawing
 
     right = counts.diagonal().sum() / max(int(totals.sum()), 1)

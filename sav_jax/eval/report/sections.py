@@ -12,11 +12,12 @@ from sav_jax.eval.report.confidence import reliability_figure, risk_figure, sure
 from sav_jax.eval.report.drawing import Figure
 from sav_jax.eval.report.heatmaps import confusion_counts, confusion_figure, confusions, head_figure
 from sav_jax.eval.report.table import Table
-from sav_jax.eval.report.words import metric_description, metric_name, percent, shots
+from sav_jax.eval.report.words import chunks, metric_description, metric_name, percent, shots
 from sav_jax.eval.stored import Answered, Results, Stored
 
 _MOST_CARDS = 8
 _MOST_HEAD_MAPS = 3
+_MOST_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -171,21 +172,31 @@ def _grids(runs: Sequence[Stored], results: Results) -> tuple[Grid, ...]:
             (f"{metric_name(name)} {'↑' if results.higher_is_better(key, name) else '↓'}", metric_description(name))
             for name in names
         ]
-        rows = [
-            (run.method, (*(_number(run, name) for name in names), "" if run.seconds is None else f"{run.seconds:.1f}"))
-            for run in of_key
-        ]
-        title = f"All metrics, {shots(of_key[0].shots)} per class"
-        time = ("time (s)", "seconds of the method itself, all seeds together, without the model's forward passes")
-        grids.append(Grid(title, (*heads, time), tuple(rows)))
+        heads.append(("time (s)", "seconds of the method itself, all seeds together, without the model's passes"))
+        cells = [[_number(run, name) for name in names] for run in of_key]
+        for row, run in zip(cells, of_key, strict=True):
+            row.append("" if run.seconds is None else f"{run.seconds:.1f}")
+        grids += _in_parts(f"All metrics, {shots(of_key[0].shots)} per class", heads, of_key, cells)
     for key in dict.fromkeys(run.key for run in runs):
         of_key = [run for run in runs if run.key == key and run.subsets]
         if of_key:
             subsets = list(dict.fromkeys(subset for run in of_key for subset in run.subsets))
-            rows = [(run.method, tuple(_of_subset(run, subset) for subset in subsets)) for run in of_key]
-            title = f"Parts of the data, {shots(of_key[0].shots)} per class: {metric_name(of_key[0].metric)} in %"
-            grids.append(Grid(title, tuple((subset, "") for subset in subsets), tuple(rows)))
+            cells = [[_of_subset(run, subset) for subset in subsets] for run in of_key]
+            title = f"Parts of the data, {shots(of_key[0].shots)} per class: {metric_name(of_key[0].metric)} in percent"
+            grids += _in_parts(title, [(subset, "") for subset in subsets], of_key, cells)
     return tuple(grids)
+
+
+def _in_parts(
+    title: str, heads: Sequence[tuple[str, str]], runs: Sequence[Stored], cells: Sequence[Sequence[str]]
+) -> list[Grid]:
+    """Tables that fit on a page."""
+    grids = []
+    for places in chunks(range(len(heads)), _MOST_COLUMNS):
+        rows = [(run.method, tuple(row[i] for i in places)) for run, row in zip(runs, cells, strict=True)]
+        name = title if places[0] == 0 else f"{title}, continued"
+        grids.append(Grid(name, tuple(heads[i] for i in places), tuple(rows)))
+    return grids
 
 
 def _number(run: Stored, metric: str) -> str:

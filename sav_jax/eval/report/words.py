@@ -130,8 +130,11 @@ def legend(table: Table) -> str:
     if several:
         parts.append("mean over seeds ± standard deviation between them (each seed draws other labelled examples)")
     if with_interval:
-        parts.append("and the 95 % confidence interval for the choice of queries")
-    return ", ".join(parts) + "."
+        parts.append(f"and the 95{_PERCENT} confidence interval for the choice of queries")
+    shots_told = (
+        " Shots are labelled examples per class." if len({column.shots for column in table.columns}) > 1 else ""
+    )
+    return f"{', '.join(parts)}.{shots_told}"
 
 
 def row_groups(table: Table) -> list[tuple[str, list[Row]]]:
