@@ -58,7 +58,9 @@ def score_heads(
     sums = None
     for x, y in chunks():
         part = _class_sums(x, y, num_classes=num_classes, **shapes)
-        sums = part if sums is None else sums + part
+        # One chunk is sent while another is added up; without waiting, all of them would be sent before the first is.
+        before, sums = sums, part if sums is None else sums + part
+        jax.block_until_ready(before)
     assert sums is not None
     counts = jnp.asarray(np.bincount(labels, minlength=num_classes).astype(np.int32))
     directions = _directions(sums)  # a class's sum points where its mean does

@@ -53,7 +53,8 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Makes the features, runs the methods, prints the table."""
     if arguments.one is not None:
-        assert arguments.features is not None
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
         print(json.dumps(measure(arguments, arguments.one)))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -104,8 +105,6 @@ def make(arguments: Arguments, path: Path) -> None:
 
 def measure(arguments: Arguments, name: str) -> dict[str, float]:
     """Runs one method in this process."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     from sav_jax.eval.methods import METHODS
 
     assert arguments.features is not None

@@ -16,6 +16,20 @@ from sav_jax.reading import Readings
 
 NAMES = ("ant", "bee", "cow", "dog")
 
+ON_HEADS = (
+    "sav",
+    "hec",
+    "hec-text",
+    "hec-both",
+    "centroid-all-heads",
+    "centroid-all-layers",
+    "centroid-last-layer",
+    "knn",
+    "logistic",
+    "ridge",
+)
+"""Methods that read head features alone."""
+
 
 class TextReader(Reader):
     """Answers every text from a table of head vectors, [L, N, H] each."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from heads_made import NAMES, TextReader, drawn, features_of
+from heads_made import NAMES, ON_HEADS, TextReader, drawn, features_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,19 +23,6 @@ from sav_jax.examples import Example
 # Scores are of order 1 to 100 and computed in float64 from float32 features: what is left is the rounding of float32
 # products, of relative size 1e-7, where similarities of whole examples are used.
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-
-ON_HEADS = (
-    "sav",
-    "hec",
-    "hec-text",
-    "hec-both",
-    "centroid-all-heads",
-    "centroid-all-layers",
-    "centroid-last-layer",
-    "knn",
-    "logistic",
-    "ridge",
-)
 
 
 def answer(name: str, features: Features) -> tuple[Outcome, np.ndarray, np.ndarray]:

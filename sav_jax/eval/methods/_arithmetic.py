@@ -16,7 +16,7 @@ import numpy as np
 from sav_jax.eval.features import Heads
 
 _ROWS = 2048  # of a similarity matrix at a time
-_BLOCK = 2**24  # elements that a block of rows may grow to
+_BLOCK = 2**22  # elements that a block of rows may grow to
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -26,8 +26,8 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def block_rows(elements: int) -> int:
-    """How many rows to take at a time if each grows to so many elements: at most 128."""
-    return max(1, min(128, _BLOCK // max(1, elements)))
+    """How many rows to take at a time if each grows to so many elements: a power of two, at most 128."""
+    return 1 << (max(1, min(128, _BLOCK // max(1, elements))).bit_length() - 1)
 
 
 def similarities(rows: Heads, columns: Heads) -> Iterator[tuple[slice, np.ndarray]]:

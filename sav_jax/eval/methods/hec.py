@@ -101,11 +101,9 @@ def _gaussians(x: np.ndarray, targets: np.ndarray, log_prior: np.ndarray) -> tup
     means = _class_means(x, targets, len(log_prior))
     scatter = _scatter(x, means, targets)
     trace = np.trace(scatter)
+    weights = width * means.T
     if trace > 0:
-        precision = width * np.linalg.inv(scatter + REGULARISATION * trace / (len(x) - 1) * np.eye(width))
-    else:
-        precision = width * np.eye(width)
-    weights = precision @ means.T
+        weights = np.linalg.solve(scatter + REGULARISATION * trace / (len(x) - 1) * np.eye(width), weights)
     return weights, log_prior - 0.5 * np.einsum("ch,hc->c", means, weights)
 
 

@@ -49,14 +49,15 @@ def vote_scores(classifier: SparseAttentionVectors, heads: np.ndarray, targets: 
       float64 [R, C]; divided by the temperature of confidence-weighted votes, so that 1 is a sensible scale.
     """
     layer, head = np.array(classifier.heads).T
-    vectors = np.swapaxes(heads[:, layer, head], 0, 1).astype(np.float64)
+    vectors = heads[:, layer, head].astype(np.float64).swapaxes(0, 1)  # [K, R, H]
     centroids = classifier.centroids.astype(np.float64)
-    chosen = unit(vectors)
-    cosines = np.matmul(chosen, unit(centroids).swapaxes(1, 2))  # [K, R, C]
+    norms = np.sqrt(np.einsum("krh,krh->kr", vectors, vectors))
+    norms = np.where(norms > 0, norms, 1)
+    cosines = np.matmul(vectors, unit(centroids).swapaxes(1, 2)) / norms[..., None]  # [K, R, C]
     if targets is not None:
         count = np.array(classifier.support, np.float64)[targets]
         rest = unit(centroids[:, targets] * count[:, None] - vectors)
-        own = (chosen * rest).sum(axis=2)
+        own = (vectors * rest).sum(axis=2) / norms
         # An example alone in its class leaves nothing to compare with: a cosine of 0.
         cosines[:, np.arange(len(targets)), targets] = np.where(count > 1, own, 0.0)
     return cosines.mean(axis=0) / CONFIDENCE_TEMPERATURE
