@@ -85,8 +85,7 @@ def extract_heads(
             store.write([keys[rows[i]] for i in index], values[new])
     if store is not None:
         present = [i for i in range(len(rows)) if i not in absent]
-        if present:
-            heads[present] = store.read([keys[rows[i]] for i in present])
+        store.read_into(heads, present, [keys[rows[i]] for i in present])
     place = {keys[row]: i for i, row in enumerate(rows)}
     return heads[[place[key] for key in keys]] if len(rows) < len(keys) else heads
 

@@ -138,21 +138,43 @@ class HeadStore:
         """
         if not keys:
             raise ValueError("expected at least one key")
-        heads: np.ndarray | None = None
-        for index, (key, data) in enumerate(self._read_ahead(keys)):
+        values = self._values(keys)
+        first = next(values)
+        heads = np.empty((len(keys), *first.shape), np.float32)
+        heads[0] = first
+        self._fill(heads, range(1, len(keys)), keys[1:], values, keys[0])
+        return heads
+
+    def read_into(self, heads: np.ndarray, rows: Sequence[int], keys: Sequence[str]) -> None:
+        """Read the values of ``keys`` into rows of an array, without a second array of their size.
+
+        Args:
+          heads: float32 [N, L, H, D], written to.
+          rows: n indices into it.
+          keys: n keys.
+
+        Raises:
+          UserError: a key is missing, its value is damaged, or of another shape than the array's.
+        """
+        self._fill(heads, rows, keys, self._values(keys), "the array")
+
+    def _fill(
+        self, heads: np.ndarray, rows: Sequence[int], keys: Sequence[str], values: Iterator[np.ndarray], whose: str
+    ) -> None:
+        for row, key, value in zip(rows, keys, values, strict=True):
+            if value.shape != heads.shape[1:]:
+                shapes = f"{list(value.shape)}, but those of {whose} have {list(heads.shape[1:])}"
+                raise UserError(f"{self._locate(key)}: features of shape {shapes}")
+            heads[row] = value
+
+    def _values(self, keys: Sequence[str]) -> Iterator[np.ndarray]:
+        for key, data in self._read_ahead(keys):
             if data is None:
                 raise UserError(f"{self.path}: no features stored for {key}")
             value = _decode(key, data)
             if value is None:
                 raise UserError(f"{self._locate(key)}: damaged (wrong length or checksum); delete it and run again")
-            if heads is None:
-                heads = np.empty((len(keys), *value.shape), np.float32)
-            if value.shape != heads.shape[1:]:
-                shapes = f"{list(value.shape)}, but those of {keys[0]} have {list(heads.shape[1:])}"
-                raise UserError(f"{self._locate(key)}: features of shape {shapes}")
-            heads[index] = value
-        assert heads is not None
-        return heads
+            yield value
 
     def _read_ahead(self, keys: Sequence[str]) -> Iterator[tuple[str, bytes | None]]:
         """Yield (key, stored bytes or None) in order, with a bounded number of reads under way."""

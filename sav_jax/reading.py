@@ -131,9 +131,8 @@ def read(
             if stores:
                 stores[name].write([wanted[name][i] for i in index], parts[name])
     present = sorted(set(range(len(rows))).difference(absent))
-    if present:
-        for name, store in stores.items():
-            found[name][present] = store.read([wanted[name][i] for i in present])
+    for name, store in stores.items():
+        store.read_into(found[name], present, [wanted[name][i] for i in present])
 
     place = {keys[row]: i for i, row in enumerate(rows)}
     order = [place[key] for key in keys]

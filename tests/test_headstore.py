@@ -361,3 +361,16 @@ def test_a_folder_that_is_no_head_array(tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text(json.dumps(["shape"]))
     with pytest.raises(UserError, match="not a complete head array"):
         read_head_array(tmp_path)
+
+
+def test_values_are_read_into_rows_of_an_array(tmp_path: Path) -> None:
+    store, keys, values = HeadStore.open(tmp_path), keys_of(4), values_of(4)
+    store.write(keys, values)
+    heads = np.zeros((6, *SHAPE), np.float32)
+    store.read_into(heads, [5, 0, 2], [keys[i] for i in (3, 1, 0)])
+    expected = np.zeros((6, *SHAPE), np.float32)
+    expected[[5, 0, 2]] = values[[3, 1, 0]]
+    np.testing.assert_array_equal(heads, expected)
+    store.read_into(heads, [], [])
+    with pytest.raises(UserError, match=r"features of shape \[3, 4, 5\], but those of the array have \[3, 4, 6\]"):
+        store.read_into(np.zeros((1, 3, 4, 6), np.float32), [0], keys[:1])
