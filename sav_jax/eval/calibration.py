@@ -13,6 +13,9 @@ _LOWEST, _HIGHEST = 1e-3, 1e3
 def fit_temperature(scores: np.ndarray, targets: np.ndarray) -> float:
     """The temperature T under which softmax(scores / T) makes the right classes likeliest (Guo et al. 2017).
 
+    With the few examples of a support a method may get all of them right, and no T would be small enough. So the loss
+    is taken as if one further example had been of every class alike, as Platt (1999) does for two classes.
+
     Args:
       scores: float [S, C], each support example's scores without its own help.
       targets: int [S], its class. Examples alone in their class are left out: without them there is no such class.
@@ -28,9 +31,11 @@ def fit_temperature(scores: np.ndarray, targets: np.ndarray) -> float:
         return 1.0
     scores, targets = scores[kept].astype(np.float64), targets[kept]
     gaps = scores - scores[np.arange(len(targets)), targets][:, None]
+    spread = gaps.mean() / (len(targets) + 1)  # what the further example, spread over all, costs per unit of 1 / T
 
     def loss(log_temperature: float) -> float:
-        return float(logsumexp(gaps * np.exp(-log_temperature), axis=1).mean())
+        sharpness = np.exp(-log_temperature)
+        return float(logsumexp(gaps * sharpness, axis=1).mean() - sharpness * spread)
 
     # The loss is convex in 1 / T, so it has one minimum along log T, too.
     found = minimize_scalar(loss, bounds=(np.log(_LOWEST), np.log(_HIGHEST)), method="bounded", options={"xatol": 1e-6})

@@ -279,14 +279,19 @@ def results_json(
             results[summary.key][f"{name}_stderr,{summary.method.name}"] = (
                 "N/A" if estimate.stderr is None else estimate.stderr
             )
-    subtasks = {group: [key for key in keys if first[key].task.name in names] for group, names in groups.items()}
+    run = {first[key].task.name for key in keys}
+    subtasks = {
+        group: [key for key in keys if first[key].task.name in names]
+        for group, names in groups.items()
+        if run.issuperset(names)  # the mean over a part of a benchmark is not its score
+    }
     better = {metric.name: metric.higher_is_better for metric in COMMON}
     of_task = {
         key: better | {metric.name: metric.higher_is_better for metric in first[key].task.metrics} for key in keys
     }
     content = {
         "results": results,
-        "group_subtasks": {group: members for group, members in subtasks.items() if members},
+        "group_subtasks": subtasks,
         "configs": {key: _task_config(first[key]) for key in keys},
         "versions": {key: first[key].task.version for key in keys},
         "n-shot": {key: first[key].shots for key in keys},

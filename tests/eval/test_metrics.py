@@ -140,9 +140,12 @@ def test_clusters_are_groups_or_queries() -> None:
 # Temperature
 
 
-def negative_log_likelihood(temperature: float, scores: np.ndarray, targets: np.ndarray) -> float:
-    p = np.exp(scores / temperature)
-    return float(-np.log(p[np.arange(len(targets)), targets] / p.sum(1)).mean())
+def smoothed_loss(temperature: float, scores: np.ndarray, targets: np.ndarray) -> float:
+    """Cross-entropy, S / (S + 1) of it to the right class and the rest to all classes alike."""
+    log_p = scores / temperature - np.log(np.exp(scores / temperature).sum(1, keepdims=True))
+    share = 1 / (len(targets) + 1)
+    right = log_p[np.arange(len(targets)), targets]
+    return float(-((1 - share) * right + share * log_p.mean(1)).mean())
 
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0, 7.0])
@@ -154,17 +157,24 @@ def test_temperature_has_the_least_loss(temperature: float) -> None:
     found = fit_temperature(logits * temperature, targets)
     # The estimate's standard error is about 1 / sqrt(4000 * variance of the scores) < 3 % of it; four of them.
     assert abs(found / temperature - 1) < 0.12
-    best = negative_log_likelihood(found, logits * temperature, targets)
+    best = smoothed_loss(found, logits * temperature, targets)
     for other in found * np.array([0.5, 0.9, 0.99, 1.01, 1.1, 2]):
-        assert best <= negative_log_likelihood(other, logits * temperature, targets)
+        assert best <= smoothed_loss(other, logits * temperature, targets)
+
+
+def test_a_support_that_is_all_right_gives_no_certainty() -> None:
+    """Two classes, every example right by the same margin m: p = (S + 1/2) / (S + 1), so T = m / log(2 S + 1)."""
+    for size in (4, 40):
+        targets = np.arange(size) % 2
+        scores = 3.0 * np.eye(2)[targets]
+        # found to a relative 1e-6 along log T
+        assert fit_temperature(scores, targets) == pytest.approx(3 / np.log(2 * size + 1), rel=1e-5)
 
 
 def test_temperature_leaves_out_lone_examples_and_has_bounds() -> None:
     scores = np.array([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.5, 9.0]])
-    with_lone = fit_temperature(scores, np.array([0, 0, 1]))
-    assert with_lone == fit_temperature(scores[:2], np.array([0, 0]))
-    assert with_lone == pytest.approx(1e-3, rel=1e-3), "right answers alone: as sure as the bounds allow"
-    assert fit_temperature(-scores[:2], np.array([0, 0])) == pytest.approx(1e3, rel=1e-3)
+    assert fit_temperature(scores, np.array([0, 0, 1])) == fit_temperature(scores[:2], np.array([0, 0]))
+    assert fit_temperature(-scores[:2], np.array([0, 0])) == pytest.approx(1e3, rel=1e-3), "wrong answers alone"
     assert fit_temperature(scores, np.array([0, 1, 2])) == 1.0
     assert fit_temperature(np.full((2, 3), -np.inf), np.array([0, 0])) == 1.0
 

@@ -11,7 +11,8 @@ from typing import Any
 from sav_jax.errors import UserError
 from sav_jax.eval.tasks.base import Item
 from sav_jax.eval.tasks.release import Release, find_picture
-from sav_jax.examples import EncodedImage, json_kind, json_rows
+from sav_jax.examples import EncodedImage
+from sav_jax.jsonrows import json_kind, json_rows
 
 
 @dataclass(frozen=True)
