@@ -9,6 +9,7 @@ width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -17,6 +18,17 @@ from sav_jax.eval.features import Heads
 
 _ROWS = 2048  # of a similarity matrix at a time
 _BLOCK = 2**22  # elements that a block of rows may grow to
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Keep BLAS to one thread: products as small as one head's are several times slower in two (measured). Also a
+    decorator.
+    """
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from sav_jax.eval.features import Features, Heads
-from sav_jax.eval.methods._arithmetic import best_heads, block_rows, log_mean_probability, selected, unit
+from sav_jax.eval.methods._arithmetic import (
+    best_heads,
+    block_rows,
+    log_mean_probability,
+    one_blas_thread,
+    selected,
+    unit,
+)
 from sav_jax.eval.methods.base import Method, Outcome, named
 
 REGULARISATION = 1.0
@@ -63,6 +70,7 @@ class Discriminant:
         )
 
 
+@one_blas_thread()
 def fit_vision(support: Heads, targets: np.ndarray, num_classes: int, num_heads: int) -> Discriminant:
     """HEC-V: one head at a time, in float64.
 
@@ -107,6 +115,7 @@ def _gaussians(x: np.ndarray, targets: np.ndarray, log_prior: np.ndarray) -> tup
     return weights, log_prior - 0.5 * np.einsum("ch,hc->c", means, weights)
 
 
+@one_blas_thread()
 def leave_one_out(support: Heads, targets: np.ndarray, model: Discriminant) -> np.ndarray:
     """Log probabilities of each support example under HEC-V fitted without it, on the heads chosen with it.
 
@@ -155,6 +164,7 @@ def _left_out_logits(x: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> 
     return log_prior - 0.5 * width * distances
 
 
+@one_blas_thread()
 def fit_text(support: Heads, targets: np.ndarray, texts: np.ndarray, num_heads: int) -> Discriminant:
     """HEC-T: ``logit_c = -|x - t_c|^2 / 2`` with the unit vectors ``t`` of the classes' texts.
 
@@ -260,6 +270,7 @@ def _text(features: Features) -> tuple[np.ndarray, np.ndarray, Discriminant]:
     return _over(queries, model), of_support, model
 
 
+@one_blas_thread()
 def _over(heads: Heads, model: Discriminant) -> np.ndarray:
     return np.concatenate([model.log_probabilities(block) for _, block in heads.blocks()])
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sav_jax.classifier import CONFIDENCE_TEMPERATURE, SparseAttentionVectors
 from sav_jax.eval.features import Features, Heads
-from sav_jax.eval.methods._arithmetic import block_rows, unit
+from sav_jax.eval.methods._arithmetic import block_rows, one_blas_thread, unit
 from sav_jax.eval.methods.base import Method, Outcome
 
 
@@ -21,6 +21,7 @@ def _sav_random(features: Features) -> Outcome:
     return vote(features, *features.random_heads, features.settings.num_heads)
 
 
+@one_blas_thread()
 def vote(features: Features, support: Heads, queries: Heads, num_heads: int) -> Outcome:
     """Choose heads on the support and let them vote on the queries; scores and left-out scores as ``vote_scores``."""
     labels = [item.label for item in features.split.support]
