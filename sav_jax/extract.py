@@ -27,6 +27,7 @@ from sav_jax.examples import Example
 from sav_jax.headstore import HeadStore
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Batch
+from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
 from sav_jax.sharding import data_size, put_batch
@@ -141,12 +142,12 @@ def content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
 
 
 @functools.lru_cache(maxsize=32)
-def heads_step(module: MultimodalModel, path: tuple[str, ...]) -> Callable[[Any, Batch], jax.Array]:
-    """``(params, batch) -> heads [B, L, N, H]`` at the first position read."""
+def heads_step(module: MultimodalModel, path: tuple[str, ...]) -> Callable[..., jax.Array]:
+    """``(params, batch, edit=None) -> heads [B, L, N, H]`` at the first position read."""
 
     @jax.jit
-    def step(params: Any, batch: Batch) -> jax.Array:
-        state: Any = module.apply({"params": params}, batch, mutable=["intermediates"])[1]
+    def step(params: Any, batch: Batch, edit: HeadEdit | None = None) -> jax.Array:
+        state: Any = module.apply({"params": params}, batch, edit=edit, mutable=["intermediates"])[1]
         heads = functools.reduce(operator.getitem, path, state["intermediates"])
         return rearrange(heads[:, :, 0], "l b n h -> b l n h").astype(jnp.float32)
 

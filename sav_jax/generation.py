@@ -8,6 +8,7 @@ Axes: E examples, B batch, T tokens, V vocabulary, C options.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from sav_jax.extract import plan_prompts, run_batches
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Batch
 from sav_jax.models.decoder import KVCache
+from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.sharding import data_size
 
@@ -66,13 +68,19 @@ def prefill(module: MultimodalModel, params: Any, batch: Batch, room: int) -> Pr
 
 
 def prefill_with_heads(
-    module: MultimodalModel, params: Any, batch: Batch, room: int, heads_path: tuple[str, ...]
+    module: MultimodalModel,
+    params: Any,
+    batch: Batch,
+    room: int,
+    heads_path: tuple[str, ...],
+    edit: HeadEdit | None = None,
 ) -> tuple[Prefix, Any]:
     """As :func:`prefill`, and the head outputs at the positions read, from the same pass.
 
     Args:
         module, params, batch, room: as for :func:`prefill`.
         heads_path: where the heads stand among the intermediates (``Architecture.heads_path``).
+        edit: a change of head outputs, at the positions read unless it says where.
 
     Returns:
         The :class:`Prefix`, and what stands at ``heads_path``: ``[L, B, R, N, H]``.
@@ -81,7 +89,9 @@ def prefill_with_heads(
     dtype = jax.tree.leaves(params)[0].dtype
     cache = KVCache.empty(module.config.text, rows, tokens + room, dtype)
     output: Any
-    output, state = module.apply({"params": params}, batch, logits="read", cache=cache, mutable=["intermediates"])
+    output, state = module.apply(
+        {"params": params}, batch, logits="read", cache=cache, edit=edit, mutable=["intermediates"]
+    )
     if batch.positions is None:
         following = jnp.asarray(batch.lengths)
     else:
@@ -90,7 +100,14 @@ def prefill_with_heads(
     return Prefix(output.cache, output.logits[:, 0], following), heads
 
 
-def extend(module: MultimodalModel, params: Any, prefix: Prefix, token_ids: jax.Array, lengths: jax.Array) -> Any:
+def extend(
+    module: MultimodalModel,
+    params: Any,
+    prefix: Prefix,
+    token_ids: jax.Array,
+    lengths: jax.Array,
+    edit: HeadEdit | None = None,
+) -> Any:
     """Read text after a prefix.
 
     Args:
@@ -98,6 +115,7 @@ def extend(module: MultimodalModel, params: Any, prefix: Prefix, token_ids: jax.
         prefix: its cache must have room for T more tokens.
         token_ids: int32 ``[B, T]``, right-padded.
         lengths: int32 ``[B]`` real tokens of each row.
+        edit: a change of head outputs, at all of these tokens unless it says where.
 
     Returns:
         float32 logits ``[B, T, V]`` after each token, and the longer :class:`Prefix`. The prefix given stays valid.
@@ -109,7 +127,9 @@ def extend(module: MultimodalModel, params: Any, prefix: Prefix, token_ids: jax.
         read_positions=jnp.maximum(lengths - 1, 0)[:, None],
         positions=prefix.next_positions[:, None] + steps[None, :],
     )
-    output: Any = module.apply({"params": params}, batch, logits="all", cache=prefix.cache)
+    if edit is not None and edit.tokens is None:
+        edit = dataclasses.replace(edit, tokens=jnp.ones(token_ids.shape, bool))
+    output: Any = module.apply({"params": params}, batch, logits="all", cache=prefix.cache, edit=edit)
     last = jnp.take_along_axis(output.logits, batch.read_positions[:, :, None], axis=1)[:, 0]
     return output.logits, Prefix(output.cache, last, prefix.next_positions + lengths)
 
@@ -238,6 +258,7 @@ def continue_from(
     stops: tuple[int, ...],
     room: int,
     max_new_tokens: jax.Array | int,
+    edit: HeadEdit | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The decode loop: one token after the other until every row has stopped or has ``max_new_tokens``.
 
@@ -248,6 +269,7 @@ def continue_from(
         stops: tokens that end a row.
         room: static bound of the new tokens.
         max_new_tokens: at most so many, at most ``room``.
+        edit: a change of head outputs at every new token.
 
     Returns:
         int32 tokens ``[B, room]``, 0 behind the last, and their number ``[B]``, without the stop token.
@@ -261,7 +283,7 @@ def continue_from(
         tokens = tokens.at[:, count].set(jnp.where(done, 0, token))
         lengths = lengths + jnp.where(done, 0, 1)
         # A row that is done goes on reading its last token: static shapes; nobody looks.
-        _, prefix = extend(module, params, prefix, token[:, None], jnp.ones_like(lengths))
+        _, prefix = extend(module, params, prefix, token[:, None], jnp.ones_like(lengths), edit)
         return count + 1, prefix, tokens, lengths, done
 
     def unfinished(state: tuple[Any, ...]) -> jax.Array:
@@ -327,7 +349,12 @@ def option_table(lmm: LMM, options: Sequence[str]) -> tuple[np.ndarray, np.ndarr
 
 
 def score_after(
-    module: MultimodalModel, params: Any, prefix: Prefix, options: jax.Array, lengths: jax.Array
+    module: MultimodalModel,
+    params: Any,
+    prefix: Prefix,
+    options: jax.Array,
+    lengths: jax.Array,
+    edit: HeadEdit | None = None,
 ) -> jax.Array:
     """Log-likelihood of each option as what follows each prompt.
 
@@ -335,6 +362,7 @@ def score_after(
         module, params: the model.
         prefix: B prompts that have been read, with room for W - 1 more tokens.
         options, lengths: int32 ``[C, W]`` and ``[C]``, see :func:`option_table`.
+        edit: a change of head outputs at every token of the options.
 
     Returns:
         float32 ``[B, C]``.
@@ -348,7 +376,7 @@ def score_after(
         ids, length = option
         # The last token of an option is predicted, never read.
         read = jnp.broadcast_to(ids[None, :-1], (size, width - 1))
-        logits, _ = extend(module, params, prefix, read, jnp.full(size, width - 1, jnp.int32))
+        logits, _ = extend(module, params, prefix, read, jnp.full(size, width - 1, jnp.int32), edit)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), ids[None, 1:, None], axis=2)[:, :, 0]
         real = jnp.arange(1, width)[None, :] < length
         return jnp.sum(jnp.where(real, log_p, 0.0), axis=1)

@@ -34,6 +34,7 @@ from sav_jax.generation import (
 from sav_jax.headstore import HeadStore
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Batch
+from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.sharding import data_size
 
@@ -69,6 +70,7 @@ def read(
     cache: str | None = None,
     progress: bool = True,
     keep_heads: bool = True,
+    edit: HeadEdit | None = None,
 ) -> Readings:
     """Run every distinct prompt through the model once, unless the cache has all that is asked for.
 
@@ -85,12 +87,19 @@ def read(
         progress: show a bar on stderr.
         keep_heads: False if only answers are wanted: heads take 0.4 MB per prompt in a model of seven billion
             parameters, 2.6 MB in one of 72.
+        edit: a change of head outputs, the same for every example, where the prompt is read and at every token of an
+            answer (its ``tokens`` must be None). Part of the keys.
 
     Raises:
         UserError: an image cannot be read, features are not finite, or an option is empty or given twice.
     """
     prompts = plan_prompts(lmm, examples)
     keys = [content_key(lmm, prompt, example) for prompt, example in zip(prompts, examples, strict=True)]
+    if edit is not None:
+        changed = hashlib.sha256(
+            b"".join(np.asarray(x, np.float32).tobytes() for x in (edit.keep, edit.add))
+        ).hexdigest()
+        keys = [hashlib.sha256(f"{key} edit {changed}".encode()).hexdigest() for key in keys]
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     rows = sorted(first.values())
     table, lengths = option_table(lmm, options)
@@ -121,7 +130,7 @@ def read(
         unique,
         progress=progress,
         what="prompts",
-        further=lambda _: (table, lengths) if answering else (),
+        further=lambda _: (*((table, lengths) if answering else ()), *(() if edit is None else (edit,))),
     ):
         parts = dict(zip(("heads", "answers"), values if answering else (values,), strict=False))
         check_finite(parts["heads"], [unique[row] for row in plan.rows])
@@ -157,23 +166,25 @@ def _generation(lmm: LMM, count: np.floating[Any], token_ids: np.ndarray) -> Gen
 def _read_step(
     module: MultimodalModel, path: tuple[str, ...], stops: tuple[int, ...], scored: bool, max_new_tokens: int
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """``(params, batch, options [C, W], lengths [C]) -> heads [B, L, N, H], answers [B, 1, 1, 1 + C + G]``.
+    """``(params, batch, options [C, W], lengths [C], edit=None) -> heads [B, L, N, H], answers [B, 1, 1, 1 + C + G]``.
 
     An answer is the number of tokens written, the scores of the options, and the tokens: as float32, which holds every
     token id exactly (they are below 2^24), so that answers are stored as heads are.
     """
 
     @jax.jit
-    def step(params: Any, batch: Batch, options: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(
+        params: Any, batch: Batch, options: jax.Array, lengths: jax.Array, edit: HeadEdit | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         room = max(max_new_tokens, options.shape[1] - 1)
-        prefix, heads = prefill_with_heads(module, params, batch, room, path)
+        prefix, heads = prefill_with_heads(module, params, batch, room, path, edit)
         size = prefix.logits.shape[0]
         scores, tokens, count = jnp.zeros((size, 0)), jnp.zeros((size, 0), jnp.int32), jnp.zeros(size, jnp.int32)
         if scored:
-            scores = score_after(module, params, prefix, options, lengths)
+            scores = score_after(module, params, prefix, options, lengths, edit)
         if max_new_tokens:
             tokens, count = continue_from(
-                module, params, prefix, greedy, stops, max_new_tokens, jnp.int32(max_new_tokens)
+                module, params, prefix, greedy, stops, max_new_tokens, jnp.int32(max_new_tokens), edit
             )
         answers = [count[:, None].astype(jnp.float32), scores, tokens.astype(jnp.float32)]
         return (

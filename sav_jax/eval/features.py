@@ -20,6 +20,7 @@ from sav_jax.eval.embeddings import Embeddings
 from sav_jax.eval.tasks.base import Item, Split, Task
 from sav_jax.examples import Example
 from sav_jax.lmm import LMM
+from sav_jax.models.intervention import HeadEdit
 from sav_jax.reading import Readings, read
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ class Reader:
     """Runs models over prompts and counts the passes.
 
     Attributes:
-      passes: prompts that were run through a model.
+      passes: prompts that were run through a model as it is.
+      patched_passes: prompts that were run with head outputs changed: to answer, and in searches for what to change
+        (there a prompt read once serves all masks of a step).
       prompts: keys of all distinct (model, prompt) pairs that were asked for, run or read from the cache.
       seconds: spent in loading and running models.
     """
@@ -75,7 +78,7 @@ class Reader:
     def __init__(self, load: Callable[[], LMM], batch_size: int = 8, cache: str | None = None) -> None:
         self._load = load
         self.batch_size, self.cache = batch_size, cache
-        self.passes = 0
+        self.passes = self.patched_passes = 0
         self.prompts: set[str] = set()
         self.seconds = 0.0
 
@@ -106,12 +109,25 @@ class Reader:
         max_new_tokens: int = 0,
         *,
         keep_heads: bool = True,
+        edit: HeadEdit | None = None,
     ) -> Readings:
         """As :func:`sav_jax.reading.read`, counted and timed."""
         with self.timed():
-            readings = read(lmm, examples, options, max_new_tokens, self.batch_size, self.cache, keep_heads=keep_heads)
-        self.passes += readings.passes
-        self.prompts.update(readings.keys)
+            readings = read(
+                lmm,
+                examples,
+                options,
+                max_new_tokens,
+                self.batch_size,
+                self.cache,
+                keep_heads=keep_heads,
+                edit=edit,
+            )
+        if edit is None:
+            self.passes += readings.passes
+            self.prompts.update(readings.keys)
+        else:
+            self.patched_passes += readings.passes
         return readings
 
     @contextlib.contextmanager
@@ -132,6 +148,7 @@ class Universe:
       labels: C class names.
       reader: runs the models.
       max_new_tokens: longest answer that a model may write.
+      kept: what methods have made of it and will want again, by names of their own.
     """
 
     task: Task
@@ -139,8 +156,9 @@ class Universe:
     labels: tuple[str, ...]
     reader: Reader
     max_new_tokens: int = 32
+    kept: dict[Any, Any] = field(default_factory=dict)
     _random: dict[int, Readings] = field(default_factory=dict)
-    _answers: dict[tuple[Any, ...], tuple[Readings, Sequence[Example]]] = field(default_factory=dict)
+    _answers: dict[tuple[Any, ...], tuple[Readings, Any]] = field(default_factory=dict)
 
     @functools.cached_property
     def place(self) -> dict[int, int]:
@@ -161,13 +179,18 @@ class Universe:
             self._random[seed] = self.reader.read(lmm, [item.example for item in self.items])
         return self._random[seed]
 
-    def answers(self, examples: Sequence[Example]) -> Readings:
-        """Likelihoods of the task's answers and the answer written after other prompts; without heads."""
-        name = tuple((example.question, *map(id, example.images)) for example in examples)
+    def answers(self, examples: Sequence[Example], edit: HeadEdit | None = None) -> Readings:
+        """Likelihoods of the task's answers and the answer written after other prompts, or with head outputs changed;
+        without heads.
+        """
+        prompts = ((e.question, e.frames, *map(id, e.images), "", *map(id, e.videos)) for e in examples)
+        name = (id(edit), *prompts)
         if name not in self._answers:
             options = [self.task.answer(label) for label in self.labels]
-            readings = self.reader.read(self.reader.lmm, examples, options, self.max_new_tokens, keep_heads=False)
-            self._answers[name] = readings, examples  # kept, so that its images' ids stay their own
+            readings = self.reader.read(
+                self.reader.lmm, examples, options, self.max_new_tokens, keep_heads=False, edit=edit
+            )
+            self._answers[name] = readings, (examples, edit)  # kept, so that their ids stay their own
         return self._answers[name][0]
 
     def rows(self, items: Sequence[Item]) -> np.ndarray:
@@ -225,11 +248,16 @@ class Features:
         """Head vectors of texts without images, each asked like a question: float32 [K, L, N, H]."""
         return self.reader.read(self.reader.lmm, [Example(text) for text in texts]).heads
 
-    def answers(self, examples: Sequence[Example]) -> Readings:
-        """Likelihoods of the task's answers and the answer written after other prompts, such as with demonstrations;
-        read once for all methods, without heads.
+    @property
+    def kept(self) -> dict[Any, Any]:
+        """What methods have made of the task so far and will want again, by names of their own."""
+        return self._universe.kept
+
+    def answers(self, examples: Sequence[Example], edit: HeadEdit | None = None) -> Readings:
+        """Likelihoods of the task's answers and the answer written after other prompts, such as with demonstrations, or
+        with head outputs changed; read once for all methods, without heads.
         """
-        return self._universe.answers(examples)
+        return self._universe.answers(examples, edit)
 
     def _pair(self, heads: np.ndarray) -> tuple[Heads, Heads]:
         available = heads.shape[1] * heads.shape[2]

@@ -25,6 +25,7 @@ from flax import struct
 from sav_jax.errors import UserError
 from sav_jax.models.attention import attention
 from sav_jax.models.batch import Array
+from sav_jax.models.intervention import HeadEdit, LayerEdit, edited, tokens_at
 from sav_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, rotary_angles, rotate
 from sav_jax.models.weights import Entry
 
@@ -213,6 +214,7 @@ class Context:
         offsets: int32 ``[B]`` tokens in the cache before these; None without a cache or with a fresh one.
         deepstack: visual features added to the outputs of the first layers, ``[J, B, T, D]`` (Qwen3-VL), or None.
         query_scale: float32 ``[B, T]`` what queries are multiplied by, or None.
+        edited_tokens: bool ``[B, T]`` where head outputs are changed (``models/intervention.py``), or None.
     """
 
     angles: tuple[jax.Array, jax.Array]
@@ -221,18 +223,21 @@ class Context:
     offsets: jax.Array | None = None
     deepstack: jax.Array | None = None
     query_scale: jax.Array | None = None
+    edited_tokens: Array | None = None
 
 
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array] | None
 
 
 class SelfAttention(nn.Module):
-    """Causal grouped-query attention; sows ``head_outputs`` ``[B, R, N, H]``."""
+    """Causal grouped-query attention; sows ``head_outputs`` ``[B, R, N, H]``, what enters the output projection."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: Context, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+    def __call__(
+        self, x: jax.Array, context: Context, cache: LayerCache, edit: LayerEdit | None = None
+    ) -> tuple[jax.Array, LayerCache]:
         c = self.config
         bias_axes = 2 if c.qkv_bias else 0
         if c.fused_qkv:
@@ -257,6 +262,8 @@ class SelfAttention(nn.Module):
             # A query sees the cache and the new tokens up to its own: all of them real when the query is.
             keys, values = (part.astype(v.dtype) for part in cache)
             heads = attention(q, keys, values, causal=True, offsets=context.offsets)
+        if edit is not None and context.edited_tokens is not None:
+            heads = edited(heads, edit, context.edited_tokens)
         # Sliced here, inside the scan, so that memory is L*B*R*N*H and not L*B*T*N*H. The reducer keeps the array
         # itself, not a tuple of it.
         self.sow("intermediates", "head_outputs", read_at(heads, context.read_positions), reduce_fn=lambda _, new: new)
@@ -285,10 +292,11 @@ class DecoderBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, layer: jax.Array, cache: LayerCache, context: Context
+        self, x: jax.Array, layer: jax.Array, cache: LayerCache, edit: LayerEdit | None, context: Context
     ) -> tuple[jax.Array, LayerCache]:
         eps = self.config.rms_norm_eps
-        y, cache = SelfAttention(self.config, name="self_attn")(RMSNorm(eps, name="input_layernorm")(x), context, cache)
+        normed = RMSNorm(eps, name="input_layernorm")(x)
+        y, cache = SelfAttention(self.config, name="self_attn")(normed, context, cache, edit)
         x = x + y
         x = x + FeedForward(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
         if context.deepstack is not None:
@@ -311,7 +319,7 @@ class Decoder(nn.Module):
             # Without "intermediates" here the sown heads would vanish silently.
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast),
+            in_axes=(0, 0, 0, nn.broadcast),
             length=c.num_layers,
         )(c)
         self.norm = RMSNorm(c.rms_norm_eps)
@@ -330,6 +338,7 @@ class Decoder(nn.Module):
         positions: Array | None = None,
         cache: KVCache | None = None,
         deepstack: jax.Array | None = None,
+        edit: HeadEdit | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Run all layers.
 
@@ -340,6 +349,7 @@ class Decoder(nn.Module):
             positions: int32 ``[B, T]`` or ``[B, T, 3]`` rotary positions; None counts on from the cache.
             cache: what came before; its capacity must hold T more than its longest row.
             deepstack: see :class:`Context`.
+            edit: a change of head outputs.
 
         Returns:
             ``[B, T, D]`` after the final norm, and the cache with these tokens appended (None if none was given).
@@ -358,6 +368,10 @@ class Decoder(nn.Module):
             prompt_lengths = lengths if cache is None or cache.fresh else cache.prompt_lengths
             assert prompt_lengths is not None
             theta = stretched_theta(c.rope_theta, c.head_dim, prompt_lengths, c.trained_length)
+        layer_edits, edited_tokens = None, None
+        if edit is not None:
+            layer_edits = LayerEdit(edit.keep, edit.add)
+            edited_tokens = tokens_at(read_positions, x.shape[1]) if edit.tokens is None else edit.tokens
         context = Context(
             angles=rotary_angles(positions, c.head_dim, theta, c.rope_axes),
             lengths=lengths,
@@ -365,9 +379,10 @@ class Decoder(nn.Module):
             offsets=offsets,
             deepstack=deepstack,
             query_scale=log_n_scale(positions, c.trained_length) if c.log_n else None,
+            edited_tokens=edited_tokens,
         )
         layer_caches = None if cache is None else (cache.keys, cache.values)
-        x, layer_caches = self.layers(x, jnp.arange(c.num_layers), layer_caches, context)
+        x, layer_caches = self.layers(x, jnp.arange(c.num_layers), layer_caches, layer_edits, context)
         if cache is not None and layer_caches is not None:
             keys, values = layer_caches
             cache = KVCache(keys, values, cache.lengths + lengths, prompt_lengths=prompt_lengths)

@@ -18,6 +18,7 @@ from flax import struct
 
 from sav_jax.models.batch import Batch
 from sav_jax.models.decoder import Decoder, KVCache, read_at
+from sav_jax.models.intervention import HeadEdit
 
 HEADS_PATH = ("language_model", "layers", "self_attn", "head_outputs")
 """Where the heads ``[L, B, R, N, H]`` stand in the ``intermediates`` collection."""
@@ -73,16 +74,21 @@ class MultimodalModel(nn.Module):
             return x, None
         return x, jnp.stack([gather_visual(layer.astype(x.dtype), batch) for layer in deepstack])
 
-    def __call__(self, batch: Batch, logits: str = "none", cache: KVCache | None = None) -> Output:
+    def __call__(
+        self, batch: Batch, logits: str = "none", cache: KVCache | None = None, edit: HeadEdit | None = None
+    ) -> Output:
         """Forward pass.
 
         Args:
             batch: prompts of one bucket, or what follows the prompts in ``cache``.
             logits: "none", "read" (at ``batch.read_positions``) or "all".
             cache: keys and values of what came before; returned with this batch appended.
+            edit: a change of head outputs; the heads sown are the changed ones.
         """
         x, deepstack = self.embed(batch)
-        hidden, cache = self.language_model(x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack)
+        hidden, cache = self.language_model(
+            x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack, edit
+        )
         if logits == "none" and not self.is_initializing():
             return Output(hidden, cache=cache)
         at = hidden if logits == "all" else read_at(hidden, batch.read_positions)

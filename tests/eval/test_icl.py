@@ -133,3 +133,13 @@ def test_a_prompt_that_is_too_long_names_its_query(lmm: sav_jax.LMM) -> None:
     assert message.startswith(f"{source} after 6 demonstrations (--demonstrations): the prompt has ")
     assert message.endswith("reads at most 150")
     assert "\n" not in message
+
+
+def test_videos_among_the_demonstrations() -> None:
+    frames = [picture(8, 8, seed) for seed in range(2)]
+    task = Task("t", "", lambda _: None)  # type: ignore[arg-type, return-value]
+    one, two = (Example("Up?", (picture(8, 8),), label="no", videos=(frames,), frames=3) for _ in range(2))
+    prompt = with_demonstrations(task, [Item(one)], two)
+    assert prompt.question == "<image><video>\nUp?\nAnswer: no\n\n<image><video>\nUp?\nAnswer:"
+    assert prompt.videos == one.videos + two.videos
+    assert prompt.frames == 3

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sav_jax.classifier import SparseAttentionVectors
+from sav_jax.task_vectors import Recipe
 
 if TYPE_CHECKING:
     from sav_jax.eval.features import Features
@@ -31,6 +32,7 @@ class Settings:
       batch_size: examples per forward pass.
       cache: path of the feature cache, or None.
       clip, siglip: checkpoints of the dual encoders, or None.
+      mtv: how multimodal task vectors are made.
     """
 
     shots: int = 20
@@ -42,6 +44,7 @@ class Settings:
     cache: str | None = None
     clip: str | None = None
     siglip: str | None = None
+    mtv: Recipe = field(default_factory=Recipe)
 
 
 @dataclass(frozen=True)

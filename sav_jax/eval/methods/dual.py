@@ -70,9 +70,10 @@ def example_vectors(embeddings: Embeddings, items: Sequence[Item], method: str) 
 def _image_vectors(embeddings: Embeddings, items: Sequence[Item], method: str) -> np.ndarray:
     """Mean direction of each example's images, float32 [R, W]."""
     for item in items:
-        if not item.example.images:
+        if not item.example.images or item.example.videos:
             source = item.example.source or f"example {item.example.id}"
-            raise UserError(f"{source}: method {method} needs an image, and there is none")
+            found = "a video, and looks at images alone" if item.example.videos else "none"
+            raise UserError(f"{source}: method {method} needs an image, and there is {found}")
     means = np.stack([vectors.mean(axis=0) for vectors in embeddings.images([item.example for item in items])])
     norms = np.linalg.norm(means, axis=1, keepdims=True)
     return means / np.where(norms > 0, norms, 1)
