@@ -134,7 +134,8 @@ def find_heads(
         p = probabilities()
         masks = rng.random((recipe.masks, *p.shape)) < p
         gradient = policy_gradient(evaluate(batch, masks).mean(axis=1), masks, p)
-        updates, state = optimiser.update(jnp.asarray(gradient, jnp.float32), state)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            updates, state = optimiser.update(jnp.asarray(gradient, jnp.float32), state)
         logits = logits + updates
 
     draws = rng.random((recipe.draws, *lmm.heads_shape[:2])) < probabilities()

@@ -12,6 +12,7 @@ from sav_jax.eval.methods import Settings
 from sav_jax.eval.tasks.base import Data, Item, Split, Task
 from sav_jax.examples import Example
 from sav_jax.lmm import LMM
+from sav_jax.models.intervention import HeadEdit
 from sav_jax.reading import Readings
 
 NAMES = ("ant", "bee", "cow", "dog")
@@ -51,6 +52,7 @@ class TextReader(Reader):
         max_new_tokens: int = 0,
         *,
         keep_heads: bool = True,
+        edit: HeadEdit | None = None,
     ) -> Readings:
         self.asked += [example.question for example in examples]
         heads = np.stack([self.table[example.question] for example in examples])

@@ -169,7 +169,7 @@ def evaluate(
         "clip": plan.clip,
         "siglip": plan.siglip,
     }
-    passes = {"forward": reader.passes, "prompts": len(reader.prompts)}
+    passes = {"forward": reader.passes, "prompts": len(reader.prompts), "patched": reader.patched_passes}
     extra = {"passes": passes, "disagreements": strangest}
     files["results.json"] = results_json(summaries, config, model, timing, extra, groups or {})
     write_folder(output, files)
@@ -181,6 +181,8 @@ def evaluate(
         f"\nforward passes: {reader.passes} (distinct prompts: {len(reader.prompts)}, of which "
         f"{len(reader.prompts) - reader.passes} were in the cache)"
     )
+    if reader.patched_passes:
+        print(f"and {reader.patched_passes} with head outputs changed (mtv)")
     kept = [name for name in files if not name.startswith("images/")]
     print(f"written to {output}: {', '.join(kept)}")
     return summaries

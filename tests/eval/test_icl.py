@@ -138,7 +138,9 @@ def test_a_prompt_that_is_too_long_names_its_query(lmm: sav_jax.LMM) -> None:
 def test_videos_among_the_demonstrations() -> None:
     frames = [picture(8, 8, seed) for seed in range(2)]
     task = Task("t", "", lambda _: None)  # type: ignore[arg-type, return-value]
-    one, two = (Example("Up?", (picture(8, 8),), label="no", videos=(frames,), frames=3) for _ in range(2))
+    one, two = (
+        Example("Up?", (picture(8, 8),), label="no", videos=(sav_jax.Video(frames, fps=1),), frames=3) for _ in range(2)
+    )
     prompt = with_demonstrations(task, [Item(one)], two)
     assert prompt.question == "<image><video>\nUp?\nAnswer: no\n\n<image><video>\nUp?\nAnswer:"
     assert prompt.videos == one.videos + two.videos
