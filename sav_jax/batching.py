@@ -140,7 +140,8 @@ def assemble(
     )
     if b.rows == 0:
         return text
-    names = next(prompt.vision for prompt in members if prompt.num_rows)
+    # Of any prompt: those of the batch may all be text, if their bucket is wider than they are.
+    names = next(prompt.vision for prompt in prompts if prompt.num_rows)
     empty = {name: value[:0] for name, value in names.items()}
     return replace(
         text,

@@ -157,6 +157,7 @@ def build_llava_onevision(directory: Path, *, seed: int = 0, tie: bool = False, 
     size = {"height": TILE, "width": TILE}
     image_processor = ImageProcessor(size=size, image_grid_pinpoints=PINPOINTS, **PIXELS)
     model = scale_weights(Model(config), seed)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "video_preprocessor_config.json").write_text(json.dumps({"size": size, **VIDEO_PIXELS}))
     return _save(OneVisionReference(directory, model, image_processor, tokenizer))
 
