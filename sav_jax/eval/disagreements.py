@@ -44,7 +44,7 @@ def disagreements(run: Run, features: Features, key: str) -> tuple[list[dict[str
         rows.append(
             {
                 "seed": run.seed,
-                "doc_id": int(place),
+                "doc_id": run.numbers[place],
                 "doc_hash": run.names[place],
                 "question": example.question,
                 "target": example.label,

@@ -37,6 +37,7 @@ class Run:
       temperature: that made probabilities of its scores, if it has scores.
       seconds: without those spent in models, whose features all methods share.
       names: a digest of each query.
+      numbers: place of each query in the task's data.
       sweep: curves, of the method "sav".
     """
 
@@ -50,13 +51,20 @@ class Run:
     temperature: float | None
     seconds: float
     names: tuple[str, ...]
+    numbers: tuple[int, ...]
     sweep: Sweep | None = None
 
 
 def make_run(
-    features: Features, method: Method, outcome: Outcome, names: tuple[str, ...], seconds: float, sweep: Sweep | None
+    features: Features,
+    method: Method,
+    outcome: Outcome,
+    names: tuple[str, ...],
+    seconds: float,
+    sweep: Sweep | None,
+    numbers: tuple[int, ...] | None = None,
 ) -> Run:
-    """Turn a method's scores into probabilities and gather what results are made of."""
+    """Turn a method's scores into probabilities and gather what results are made of (see :class:`Run`)."""
     split, settings = features.split, features.settings
     temperature, shares, answers = None, None, None
     if outcome.scores is not None:
@@ -69,17 +77,18 @@ def make_run(
             split.queries, split.labels, outcome.predictions, outcome.scores, shares, outcome.texts, names
         )
     return Run(
-        features.task,
-        method,
-        split,
-        outcome,
-        settings.shots,
-        settings.seed,
-        answers,
-        temperature,
-        seconds,
-        names,
-        sweep,
+        task=features.task,
+        method=method,
+        split=split,
+        outcome=outcome,
+        shots=settings.shots,
+        seed=settings.seed,
+        answers=answers,
+        temperature=temperature,
+        seconds=seconds,
+        names=names,
+        numbers=numbers or tuple(range(len(names))),
+        sweep=sweep,
     )
 
 
@@ -285,12 +294,16 @@ def results_json(
         for group, names in groups.items()
         if run.issuperset(names)  # the mean over a part of a benchmark is not its score
     }
+    means = _groups_json(summaries, subtasks)
+    for group, scores in means.items():
+        results[group] = {"alias": group} | {f"mean,{name}": score["mean"] for name, score in scores.items()}
     better = {metric.name: metric.higher_is_better for metric in COMMON}
     of_task = {
         key: better | {metric.name: metric.higher_is_better for metric in first[key].task.metrics} for key in keys
     }
     content = {
         "results": results,
+        "groups": {group: results[group] for group in means},
         "group_subtasks": subtasks,
         "configs": {key: _task_config(first[key]) for key in keys},
         "versions": {key: first[key].task.version for key in keys},
@@ -314,7 +327,7 @@ def results_json(
             "splits": {key: {str(run.seed): _split_json(run.split) for run in first[key].runs} for key in keys},
             "heads": _by_key(summaries, _heads_json),
             "curves": _by_key(summaries, _curves_json),
-            "groups": _groups_json(summaries, subtasks),
+            "groups": means,
             **extra,
             "versions": {"python": platform.python_version()}
             | {package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -425,18 +438,23 @@ def _groups_json(summaries: Sequence[Summary], subtasks: Mapping[str, Sequence[s
     return found
 
 
-def samples_jsonl(summaries: Sequence[Summary]) -> bytes:
-    """``samples_KEY.jsonl``: one row per seed, method and query, in lmms-eval's shape; the summaries are of one key."""
-    return b"".join(_samples(run) for summary in summaries for run in summary.runs if run.answers is not None)
+def samples_jsonl(summaries: Sequence[Summary], fingerprint: str | None = None) -> bytes:
+    """``samples_KEY.jsonl``: one row per seed, method and query, in lmms-eval's shape; the summaries are of one key.
+
+    Every row says what it depends on: split, version of the task, version of this library, and the model's
+    fingerprint, which covers its weights, tokenizer, chat template and pixel limits.
+    """
+    runs = [run for summary in summaries for run in summary.runs if run.answers is not None]
+    return b"".join(_samples(run, fingerprint) for run in runs)
 
 
-def _samples(run: Run) -> bytes:
+def _samples(run: Run, fingerprint: str | None) -> bytes:
     answers, lines = run.answers, []
     assert answers is not None
     for index, (item, prediction) in enumerate(zip(answers.items, answers.predictions, strict=True)):
         said = prediction if answers.texts is None else answers.texts[index]
         line: dict[str, Any] = {
-            "doc_id": index,
+            "doc_id": run.numbers[index],
             "seed": run.seed,
             "shots": run.shots,
             "filter": run.method.name,
@@ -453,10 +471,13 @@ def _samples(run: Run) -> bytes:
             "filtered_resps": [prediction],
             "doc_hash": run.names[index],
             "split_hash": run.split.digest,
+            "task_version": run.task.version,
+            "model_fingerprint": fingerprint,
+            "sav_jax_version": importlib.metadata.version("sav-jax"),
             "acc": float(prediction == item.example.label),
         }
         if answers.probabilities is not None:
             shares = zip(answers.labels, answers.probabilities[index], strict=True)
-            line["probabilities"] = {label: round(float(p), 6) for label, p in shares}
+            line["probabilities"] = {label: float(f"{p:.9g}") for label, p in shares}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines).encode()

@@ -110,9 +110,10 @@ def evaluate(
     summaries: list[Summary] = []
     files: dict[str, bytes] = {}
     strangest: dict[str, Any] = {}
+    stale: list[str] = []
     # All splits of all tasks before any model runs: a missing file or too small a class is found at once.
     prepared = [(task, *_split(task, plan)) for task in tasks]
-    for task, universe_items, splits, digests in prepared:
+    for task, universe_items, splits, digests, numbers in prepared:
         _say(f"{task.name}: {_described(splits)}")
         universe = Universe(
             task, universe_items, next(iter(splits.values())).labels, reader, max_new_tokens=plan.max_new_tokens
@@ -124,13 +125,16 @@ def evaluate(
                 runs = []
                 for seed in plan.seeds:
                     features = Features(universe, splits[shots, seed], plan.settings(shots, seed))
-                    runs.append(_run(features, method, digests))
+                    runs.append(_run(features, method, digests, numbers))
                 of_key.append(summarise(key, runs))
                 best = of_key[-1].metrics[of_key[-1].primary]
                 _say(f"  {key}, {method.name}: {of_key[-1].primary} {best.mean:.4f}")
             summaries += of_key
             if plan.log_samples:
-                files[f"samples_{key}.jsonl"] = samples_jsonl(of_key)
+                fingerprint = reader.lmm.fingerprint if "lmm" in vars(reader) else None
+                files[f"samples_{key}.jsonl"] = samples_jsonl(of_key, fingerprint)
+            else:
+                stale.append(f"samples_{key}.jsonl")
             for summary in of_key:
                 run = summary.runs[0]
                 if summary.method.name == "sav" and run.outcome.classifier is not None:
@@ -173,6 +177,8 @@ def evaluate(
     extra = {"passes": passes, "disagreements": strangest}
     files["results.json"] = results_json(summaries, config, model, timing, extra, groups or {})
     write_folder(output, files)
+    for name in stale:  # of an earlier run of the same name, which these results are not those of
+        (output / name).unlink(missing_ok=True)
     print(table(summaries))
     for summary in summaries:
         if summary.method.name == "sav":
@@ -198,8 +204,10 @@ def _check(plan: Plan, methods: Sequence[Method]) -> None:
         raise UserError(f"--max-new-tokens must be at least 1, not {plan.max_new_tokens}")
 
 
-def _split(task: Task, plan: Plan) -> tuple[tuple[Item, ...], dict[tuple[int, int], Split], Digests]:
-    """Every split of a task, and all items that any of them holds, in the data's order."""
+def _split(task: Task, plan: Plan) -> tuple[tuple[Item, ...], dict[tuple[int, int], Split], Digests, dict[int, int]]:
+    """All items that any split of a task holds, in the data's order; the splits; digests; and the place of each item
+    (by its identity) in the data.
+    """
     data = task.load(plan.data_dir / task.name)
     digests = Digests()
     splits = {
@@ -209,16 +217,18 @@ def _split(task: Task, plan: Plan) -> tuple[tuple[Item, ...], dict[tuple[int, in
     }
     used = {id(item) for split in splits.values() for item in (*split.support, *split.queries)}
     everything = {id(item): item for item in (*data.pool, *(data.queries or ()))}
-    return tuple(item for name, item in everything.items() if name in used), splits, digests
+    numbers = {name: number for number, name in enumerate(everything)}
+    return tuple(item for name, item in everything.items() if name in used), splits, digests, numbers
 
 
-def _run(features: Features, method: Method, digests: Digests) -> Run:
+def _run(features: Features, method: Method, digests: Digests, numbers: Mapping[int, int]) -> Run:
     in_model, start = features.reader.seconds, time.perf_counter()
     outcome = method.run(features)
     seconds = time.perf_counter() - start - (features.reader.seconds - in_model)
     curves = sweep(features, features.settings.num_heads) if method.name == "sav" else None
     names = tuple(digests.whole(item) for item in features.split.queries)
-    return make_run(features, method, outcome, names, seconds, curves)
+    places = tuple(numbers[id(item)] for item in features.split.queries)
+    return make_run(features, method, outcome, names, seconds, curves, places)
 
 
 def _described(splits: Mapping[tuple[int, int], Split]) -> str:

@@ -15,7 +15,9 @@ _RESIZED = 32
 
 
 def _chance(features: Features) -> Outcome:
-    return Outcome(None, accuracy=1 / len(features.split.labels))
+    split = features.split
+    offered = [len(item.offered or split.labels) for item in split.queries]
+    return Outcome(None, accuracy=float(np.mean([1 / number for number in offered])))
 
 
 def _pixels(features: Features) -> Outcome:
@@ -46,6 +48,6 @@ def _pixel_vectors(split: Split) -> np.ndarray:
 
 
 METHODS = (
-    Method("chance", "guess: one in as many as there are classes", _chance, uses_support=False),
+    Method("chance", "guess: one in as many as the question offers", _chance, uses_support=False),
     Method("pixels", "nearest class centroid of the raw pixels: no model", _pixels),
 )

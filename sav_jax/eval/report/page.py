@@ -73,8 +73,20 @@ def _lead(results: Sequence[Results], table: Table) -> str:
     return (
         f"{methods} method{'s' * (methods != 1)} on {tasks} task{'s' * (tasks != 1)}, with "
         f"{listed([str(count) for count in counts])} labelled example{'s' * (counts != [1])} per class and "
-        f"{seeds} seed{'s' * (seeds != 1)}. All methods see the same labelled examples and answer the same queries."
+        f"{seeds} seed{'s' * (seeds != 1)}. "
+        f"{'In each folder all' if _torn(results) else 'All'} methods see the same labelled examples and answer "
+        "the same queries."
     )
+
+
+def _torn(results: Sequence[Results]) -> list[tuple[str, str]]:
+    """Tasks and seeds of which different folders hold different splits."""
+    digests: dict[tuple[str, str], set[str]] = {}
+    for of in results:
+        for key, seeds in _object(_object(of.content, "sav_jax"), "splits").items():
+            for seed, split in seeds.items():
+                digests.setdefault((key, seed), set()).add(str(split.get("digest")))
+    return [name for name, found in digests.items() if len(found) > 1]
 
 
 def _warnings(results: Sequence[Results], table: Table) -> list[str]:
@@ -85,6 +97,11 @@ def _warnings(results: Sequence[Results], table: Table) -> list[str]:
                 f"{row['name']}, {row['shots']}, seed {row['seed']}: {row['leaked']} queries also stand among the "
                 "labelled examples, same question and images; these results flatter methods that see them."
             )
+    for key, seed in _torn(results):
+        found.append(
+            f"{key}, seed {seed}: the folders do not hold the same labelled examples and queries, so that their "
+            "numbers cannot be compared with each other (sav-jax compare refuses to)."
+        )
     if any(_object(of.content, "config").get("limit") for of in results):
         found.append("Only a part of the queries was asked (--limit): intervals are wide.")
     return found

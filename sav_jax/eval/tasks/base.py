@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from sav_jax.classifier import choose_shots
 from sav_jax.errors import UserError
 from sav_jax.eval.metrics import Metric
@@ -202,32 +200,35 @@ def split_task(
     leaks = [item for item in queries if digests.prompt(item) in shown]
     if leaks and not allow_leak:
         twin = shown[digests.prompt(leaks[0])].example
+        leaking = f"{len(leaks)} queries also stand" if len(leaks) > 1 else "1 query also stands"
         raise UserError(
-            f"task {task.name}: {len(leaks)} queries also stand in the support, same question and images, the first "
+            f"task {task.name}: {leaking} in the support, same question and images, the first "
             f"being {leaks[0].example.source or leaks[0].example.id} = {twin.source or twin.id} "
             "(--allow-leak to go on all the same)"
         )
     available = len(queries)
     if limit is not None:
-        queries = _limited(queries, limit, seed)
+        queries = _limited(queries, limit, seed, digests)
     text = "\n".join(digests.whole(item) for item in [*support, *queries])
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Split(tuple(support), tuple(queries), tuple(names), available, len(leaks), digest)
 
 
-def _limited(queries: Sequence[Item], limit: int, seed: int) -> list[Item]:
-    """Whole groups drawn at random until ``limit`` queries are reached."""
+def _limited(queries: Sequence[Item], limit: int, seed: int, digests: Digests) -> list[Item]:
+    """Whole groups drawn at random until ``limit`` queries are reached.
+
+    The lot of a group is its own: other numbers of shots, which leave other queries, draw the same ones.
+    """
     if limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
     members: dict[str, list[int]] = {}
     for place, item in enumerate(queries):
-        members.setdefault(item.group or f"\0{place}", []).append(place)
-    groups = list(members.values())
+        members.setdefault(item.group or f"\0{digests.whole(item)} {item.example.id}", []).append(place)
     kept: list[int] = []
-    for place in np.random.default_rng(seed).permutation(len(groups)):
-        if kept and len(kept) + len(groups[place]) > limit:
+    for group in sorted(members, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest()):
+        if kept and len(kept) + len(members[group]) > limit:
             break
-        kept += groups[place]
+        kept += members[group]
     return [queries[place] for place in sorted(kept)]
 
 
