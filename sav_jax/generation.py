@@ -167,8 +167,10 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise UserError("temperature must not be negative, top_k at least 1, and top_p in (0, 1]")
+    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+        raise UserError(f"temperature must be 0 (greedy) or a number from 1e-6 on, not {temperature}")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise UserError("top_k must be at least 1, and top_p in (0, 1]")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed must be from 0 to 2^32 - 1, not {seed}")
     prompts = plan_prompts(lmm, examples)
@@ -179,7 +181,7 @@ def generate(
     def further(plan: BatchPlan) -> tuple[Any, ...]:
         rows = np.zeros(plan.size, np.uint32)
         rows[: len(plan.rows)] = plan.rows
-        scalars = np.int32(max_new_tokens), np.float32(temperature or 1.0), np.float32(top_p or 1.0)
+        scalars = np.int32(max_new_tokens), np.float32(temperature or 1.0), np.float32(max(top_p or 1.0, 1e-30))
         return rows, np.uint32(seed), *scalars
 
     results: list[Generation | None] = [None] * len(prompts)

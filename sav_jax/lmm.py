@@ -180,9 +180,13 @@ def _stop_token_ids(directory: Path, config: Mapping[str, Any], processor: Proce
         generation = json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
         raise UserError(f"{file}: unreadable ({error})") from None
+    if not isinstance(generation, dict):
+        raise UserError(f"{file}: not a JSON object")
     places = (generation, config, config.get("text_config") or {}, {"eos_token_id": processor.tokenizer.eos_token_id})
     found: Any = next((place["eos_token_id"] for place in places if place.get("eos_token_id") is not None), [])
-    stops = tuple(found) if isinstance(found, list) else (int(found),)
+    stops = tuple(found) if isinstance(found, list) else (found,)
+    if not all(isinstance(stop, int) for stop in stops):
+        raise UserError(f"{directory}: eos_token_id {found!r} is neither a token id nor a list of them")
     return stops + tuple(token for token in processor.stop_tokens if token not in stops)
 
 

@@ -88,6 +88,11 @@ class DecoderConfig:
         qkv_bias, qk_norm = _DECODERS[model_type]
         if config.get("attention_bias") or config.get("mlp_bias"):
             raise UserError("text_config: attention_bias and mlp_bias are not supported")
+        if config["num_attention_heads"] % config["num_key_value_heads"]:
+            raise UserError(
+                f"text_config: {config['num_attention_heads']} heads cannot share "
+                f"{config['num_key_value_heads']} key/value heads"
+            )
         head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         return cls(
             vocab_size=config["vocab_size"],

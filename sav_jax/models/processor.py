@@ -137,9 +137,12 @@ class Processor:
         if videos:
             text = text.replace(VIDEO_MARK, self.video_mark)
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # a template is a program: it may be damaged, or raise on its own account
+            raise UserError(f"the chat template refuses the prompt: {' '.join(str(error).split())[:200]}") from None
         if not videos or self.video_token is None:
             return text
         pieces = text.split(self.video_token)

@@ -9,6 +9,7 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
+from sav_jax.errors import UserError
 from sav_jax.models.anyres import VisualPlan
 from sav_jax.models.processor import Processor
 from sav_jax.models.qwen_plan import fitted_size, plan_visual, rope_positions
@@ -36,6 +37,9 @@ class QwenVLProcessor(Processor):
         image_processor.temporal_patch_size = config.vision.temporal_patch_size
         image_processor.merge_size = config.vision.merge_size
         image_processor.do_resize = True
+        size = dict(image_processor.size)
+        if not all(isinstance(size.get(edge), int) for edge in ("shortest_edge", "longest_edge")):
+            raise UserError(f"preprocessor_config.json: size {size} must have shortest_edge and longest_edge in pixels")
         super().__init__(config, tokenizer, image_processor, chat_template, video_processor)
 
     @property

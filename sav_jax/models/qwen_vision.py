@@ -109,6 +109,8 @@ class QwenVisionConfig:
             "out_size": c["out_hidden_size"],
         }
         if c["model_type"] == "qwen2_5_vl_vision":
+            if c["window_size"] < c["spatial_merge_size"] * c["patch_size"]:
+                raise UserError(f"vision_config.window_size {c['window_size']} is smaller than a visual token")
             return cls(
                 **common,
                 gated=True,

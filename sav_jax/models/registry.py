@@ -162,7 +162,13 @@ def architecture(config: Mapping[str, Any], num_layers: int | None = None) -> Ar
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"config.json: model_type {model_type!r} is not known (known: {', '.join(sorted(FAMILIES))})")
+        hint = "; this is a dual encoder: load_dual_encoder, --clip or --siglip" * (model_type in ("clip", "siglip"))
+        raise UserError(
+            f"config.json: model_type {model_type!r} is not known (known: {', '.join(sorted(FAMILIES))}){hint}"
+        )
+    for part in ("text_config", "vision_config"):
+        if part in config and not isinstance(config[part], Mapping):
+            raise UserError(f"config.json: {part} is not an object")
     full = with_defaults(config)
     if num_layers is not None:
         depth = full["text_config"]["num_hidden_layers"]
