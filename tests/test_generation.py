@@ -65,9 +65,9 @@ def test_nothing_is_compiled_anew_within_a_bucket(lmm: sav_jax.LMM, monkeypatch:
     """Not for a step, a prompt's length, the number of new tokens, temperature, nucleus or seed."""
     traced: list[tuple[int, ...]] = []
 
-    def counted(module: Any, params: Any, prefix: Any, token_ids: Any, lengths: Any) -> Any:
+    def counted(module: Any, params: Any, prefix: Any, token_ids: Any, *rest: Any) -> Any:
         traced.append(token_ids.shape)
-        return extend(module, params, prefix, token_ids, lengths)
+        return extend(module, params, prefix, token_ids, *rest)
 
     monkeypatch.setattr(generation, "extend", counted)
     examples = [Example("x" * count, (picture(37, 53),)) for count in (10, 17)]
