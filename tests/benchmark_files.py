@@ -180,6 +180,40 @@ def write_mhalubench(data: Path) -> None:
         picture(data / "mhalubench" / "TextVQA" / "train_images" / f"{i}.jpg")
 
 
+def write_mhalubench_val(data: Path, version: str = "0.1", field: str = "claim_label") -> None:
+    """Two pictures that were described, and before them one that was drawn, which is not there."""
+
+    def claim(text: str, label: str) -> dict[str, str]:
+        return {"claim": text, field: label}
+
+    rows = [
+        {
+            "id": i,
+            "image_path": f"/home/somebody/{task_type}/v{i}.jpg",
+            "response": "A dog runs. Lovely. It is brown and old.",
+            "segments": [
+                {"segment": "A dog runs.", "claims": [claim(f"A dog of v{version} runs", "hallucination")]},
+                {"segment": "Lovely.", "claims": []},
+                {
+                    "segment": "It is brown and old.",
+                    "claims": [
+                        claim("The dog is brown", "non-hallucination"),
+                        claim("The dog is old", "hallucination"),
+                    ],
+                },
+            ],
+            "model": "llava",
+            "label": "hallucination",
+            "task_type": task_type,
+            "prompt": "Describe the picture.",
+        }
+        for i, task_type in enumerate(("text-to-image", "image-to-text", "image-to-text"))
+    ]
+    whole(data / "mhalubench" / f"MHaluBench_val-v{version}.json", rows)
+    for i in (1, 2):
+        picture(data / "mhalubench" / "data" / "image-to-text" / f"v{i}.jpg")
+
+
 def write_vlguard(data: Path) -> None:
     for part, number in (("train", 4), ("test", 2)):
         rows: list[dict[str, Any]] = []

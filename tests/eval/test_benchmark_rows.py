@@ -15,6 +15,7 @@ from benchmark_files import (
     write_blink,
     write_memes,
     write_mhalubench,
+    write_mhalubench_val,
     write_naturalbench,
     write_pope,
     write_retrieval,
@@ -46,6 +47,7 @@ FILES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "sugarcrepe": ("sugarcrepe", write_sugarcrepe, "sugarcrepe/add_att.json"),
     "vizwiz": ("vizwiz-answerable", write_vizwiz, "vizwiz-answerable/val.json"),
     "mhalubench": ("mhalubench", write_mhalubench, "mhalubench/MHaluBench_train.json"),
+    "mhalubench val": ("mhalubench", write_mhalubench_val, "mhalubench/MHaluBench_val-v0.1.json"),
     "vlguard": ("vlguard", write_vlguard, "vlguard/test.json"),
     "vlguard train": ("vlguard", write_vlguard, "vlguard/train.json"),
     "memes": ("hateful-memes", write_memes, "hateful-memes/test_seen.jsonl"),
@@ -72,6 +74,12 @@ BAD = [
     ("mhalubench", put(claim_list=["One"]), '"ref_claim_label" has 2 labels for 1 claims in claim_list'),
     ("mhalubench", put(ref_claim_label=["true", "false"]), "\"ref_claim_label\" holds 'true', which is neither"),
     ("mhalubench", put(claim_list="One"), '"claim_list" must be a list, not a string'),
+    ("mhalubench val", put(task_type="video"), '"task_type" is "video", not one of "image-to-text", "text-to-image"'),
+    ("mhalubench val", drop("task_type"), '"task_type" is missing'),
+    ("mhalubench val", put(image_path="v9.jpg"), '"image_path" names \'v9.jpg\': there is no v9.jpg'),
+    ("mhalubench val", put(segments="A dog"), '"segments" must be a list, not a string'),
+    ("mhalubench val", put(segments=[]), '"segments" is an empty list'),
+    ("mhalubench val", put(segments=["A dog"]), '"segments" must be a list of objects; it holds a string'),
     ("vlguard", put(safe="yes"), '"safe" is "yes", not one of true, false'),
     ("vlguard", put(safe=False), '"instr-resp" has no "instruction"'),
     ("vlguard train", put(image="bad.png"), '"image" names \'bad.png\''),
@@ -105,6 +113,31 @@ def test_a_bad_row_is_named(tmp_path: Path, file: str, change: Change, said: str
         TASKS[task].load(tmp_path / task)
     assert str(caught.value).startswith(f"{path}{place}field {said}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("segment", "said"),
+    [
+        ({"segment": "A dog."}, 'segments[1]: field "claims" is missing'),
+        ({"claims": "A dog"}, 'segments[1]: field "claims" must be a list, not a string'),
+        ({"claims": ["A dog"]}, 'segments[1]: field "claims" must be a list of objects; it holds a string'),
+        ({"claims": [{"claim": "A dog"}]}, 'segments[1].claims[0]: field "label" is missing'),
+        ({"claims": [{"label": "hallucination"}]}, 'segments[1].claims[0]: field "claim" is missing'),
+        (
+            {"claims": [{"claim": "A dog", "label": "hallucination"}, {"claim": "A cat", "claim_label": "hallu"}]},
+            'segments[1].claims[1]: field "claim_label" is "hallu", not one of "hallucination", "non-hallucination"',
+        ),
+    ],
+)
+def test_a_bad_claim_is_named(tmp_path: Path, segment: dict[str, Any], said: str) -> None:
+    write_mhalubench_val(tmp_path)
+    path = tmp_path / "mhalubench" / "MHaluBench_val-v0.1.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    rows[2]["segments"][1] = segment
+    jsonl(path, rows)  # a list or a row a line: the line is named
+    with pytest.raises(UserError) as caught:
+        TASKS["mhalubench"].load(tmp_path / "mhalubench")
+    assert str(caught.value) == f"{path}:3: {said}"
 
 
 def test_how_many_rows_are_bad(tmp_path: Path) -> None:

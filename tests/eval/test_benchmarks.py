@@ -20,6 +20,7 @@ from benchmark_files import (
     write_blink,
     write_memes,
     write_mhalubench,
+    write_mhalubench_val,
     write_naturalbench,
     write_parquet,
     write_pope,
@@ -272,6 +273,48 @@ def test_mhalubench_from_the_rows_of_savs(tmp_path: Path, field: str) -> None:
     assert data.queries is not None
     assert [item.label for item in data.pool] == ["hallucination", "non-hallucination"]
     assert [item.example.images[0] for item in data.queries] == [folder / "images" / f"{name}.jpg" for name in "xy"]
+
+
+@pytest.mark.parametrize("field", ["label", "claim_label"])
+def test_mhalubench_val_files(tmp_path: Path, field: str) -> None:
+    """Asked are the claims about pictures that were described, each by its own label."""
+    write_mhalubench_val(tmp_path, field=field)
+    data = load("mhalubench", tmp_path)
+    assert data.queries is None
+    folder = tmp_path / "mhalubench" / "data" / "image-to-text"
+    found = [(item.example.id, item.label, item.example.images[0]) for item in data.pool]
+    assert found == [
+        (f"{i}-{place}", label, folder / f"v{i}.jpg")
+        for i in (1, 2)
+        for place, label in (("0-0", "hallucination"), ("2-0", "non-hallucination"), ("2-1", "hallucination"))
+    ]
+    assert "\nClaim:The dog is brown. Is the Claim" in data.pool[1].example.question
+
+
+def test_mhalubench_asks_one_file(tmp_path: Path) -> None:
+    """A flat test.json before v0.2 before v0.1; support from the train file."""
+    write_mhalubench(tmp_path)
+    for version in ("0.1", "0.2"):
+        write_mhalubench_val(tmp_path, version)
+        data = load("mhalubench", tmp_path)
+        assert data.queries is not None
+        assert f"A dog of v{version} runs" in data.queries[0].example.question
+        assert (len(data.pool), len(data.queries)) == (6, 6)
+    row = {"image_path": "v1.jpg", "claim": "A cat sits", "label": "hallucination"}
+    whole(tmp_path / "mhalubench" / "test.json", [row])
+    data = load("mhalubench", tmp_path)
+    assert data.queries is not None
+    assert ["A cat sits" in item.example.question for item in data.queries] == [True]
+
+
+def test_mhalubench_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "mhalubench").mkdir()
+    with pytest.raises(UserError) as caught:
+        load("mhalubench", tmp_path)
+    said = str(caught.value)
+    assert "\n" not in said
+    for part in ("https://huggingface.co/datasets/openkg/MHaluBench", "MHaluBench_val-v0.1.json", "_val-v0.2.json"):
+        assert part in said
 
 
 def test_vlguard(tmp_path: Path) -> None:
