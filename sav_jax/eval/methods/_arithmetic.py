@@ -66,7 +66,10 @@ def similarities(rows: Heads, columns: Heads) -> Iterator[tuple[slice, np.ndarra
 
 def similarity(rows: Heads, columns: Heads) -> np.ndarray:
     """The same in one piece, float64 [R, S]."""
-    return np.concatenate([block for _, block in similarities(rows, columns)])
+    whole = np.empty((len(rows), len(columns)))
+    for part, block in similarities(rows, columns):
+        whole[part] = block
+    return whole
 
 
 def log_mean_probability(logits: Iterable[np.ndarray]) -> np.ndarray:

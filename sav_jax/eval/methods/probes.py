@@ -34,33 +34,44 @@ class Rotation:
     """The support on its own principal axes: z = (x - mean) V, which keeps all inner products between examples.
 
     Attributes:
-      support: float64 [S, D].
-      axes: float64 [S, D]: turns similarities with the support into coordinates.
+      support: float64 [S, D], columns orthogonal.
+      values: float64 [D], the square of each column's length.
       mean: float64 [S], mean similarity of each support example to all.
     """
 
     support: np.ndarray
-    axes: np.ndarray
+    values: np.ndarray
     mean: np.ndarray
 
     @classmethod
     def of(cls, gram: np.ndarray) -> Rotation:
-        """From the similarities of the support, float64 [S, S]."""
+        """From the similarities of the support, float64 [S, S], which are overwritten.
+
+        Never more than two matrices of that size at a time (0.75 GiB each for 10,000 examples): ``numpy.linalg.eigh``,
+        which divides and conquers, needs three for itself, and axes kept beside the coordinates would be one more.
+        """
+        from scipy.linalg import eigh
+
         mean = gram.mean(axis=0)
-        values, vectors = np.linalg.eigh(gram - mean[None] - mean[:, None] + mean.mean())
-        kept = values > _NO_VARIANCE * np.sqrt(len(gram))
-        if not kept.any():  # all examples are the same
-            nowhere = np.zeros((len(gram), 1))
-            return cls(nowhere, nowhere, mean)
-        lengths = np.sqrt(values[kept])
-        return cls(vectors[:, kept] * lengths, vectors[:, kept] / lengths, mean)
+        gram -= mean[None]
+        gram -= mean[:, None]
+        gram += mean.mean()
+        # The transpose is the same matrix in the order of columns that LAPACK overwrites without a copy.
+        values, vectors = eigh(gram.T, overwrite_a=True, check_finite=False, driver="evr")
+        first = int(np.searchsorted(values, _NO_VARIANCE * np.sqrt(len(gram)), side="right"))
+        if first == len(gram):  # all examples are the same
+            return cls(np.zeros((len(gram), 1)), np.ones(1), mean)
+        values = values[first:]
+        support = gram.reshape(-1)[: len(gram) * len(values)].reshape(len(gram), -1)  # the same memory
+        np.multiply(vectors[:, first:], np.sqrt(values), out=support)
+        return cls(support, values, mean)
 
     def rotate(self, similar: np.ndarray) -> np.ndarray:
         """Coordinates of other examples from their similarities to the support: [R, S] -> [R, D].
 
-        The axes sum to zero over the support, so that what is the same for a whole row does not matter.
+        The columns sum to zero over the support, so that what is the same for a whole row does not matter.
         """
-        return (similar - self.mean) @ self.axes
+        return (similar - self.mean) @ self.support / self.values
 
 
 def _ridge(features: Features) -> Outcome:
@@ -94,10 +105,10 @@ def ridge(z: np.ndarray, wanted: np.ndarray, penalty: float) -> tuple[np.ndarray
       Weights [D, C], and the prediction of each example without it [S, C]: ``y - (y - f) / (1 - h)`` with the leverage
       h (Allen 1974).
     """
-    squares = (z**2).sum(axis=0)
+    squares = np.einsum("sd,sd->d", z, z)
     weights = (z.T @ wanted) / (squares + penalty)[:, None]
     fitted = wanted.mean(axis=0) + z @ weights
-    leverage = 1 / len(z) + (z**2 / (squares + penalty)).sum(axis=1)
+    leverage = 1 / len(z) + np.einsum("sd,sd,d->s", z, z, 1 / (squares + penalty))
     return weights, wanted - (wanted - fitted) / (1 - leverage)[:, None]
 
 
@@ -111,10 +122,10 @@ def _logistic(features: Features) -> Outcome:
     support, queries = features.heads
     targets, num_classes = features.targets, len(features.split.labels)
     gram = similarity(support, support)
+    folds = assign_folds(gram.sum(axis=1), targets, num_classes)
     rotation = Rotation.of(gram)
     z = rotation.support
     held_out, strength = None, 1.0
-    folds = assign_folds(gram.sum(axis=1), targets, num_classes)
     if folds.max() > 0:
         trials = [_cross_validated(z, targets, folds, strength) for strength in LOGISTIC_STRENGTHS]
         likelihoods = [trial[np.arange(len(targets)), targets].mean() for trial in trials]
@@ -152,16 +163,18 @@ def _cross_validated(z: np.ndarray, targets: np.ndarray, folds: np.ndarray, stre
     """Log probabilities of each example by the model that has not seen its fold, [S, C]."""
     held_out = np.empty((len(z), targets.max() + 1))
     for fold in range(folds.max() + 1):
-        model = _fit_logistic(z[folds != fold], targets[folds != fold], strength)
+        model = _fit_logistic(z, targets, strength, folds != fold)
         held_out[folds == fold] = _log_probabilities(model, z[folds == fold])
     return held_out
 
 
-def _fit_logistic(z: np.ndarray, targets: np.ndarray, strength: float) -> Any:
+def _fit_logistic(z: np.ndarray, targets: np.ndarray, strength: float, used: np.ndarray | None = None) -> Any:
+    """Fit on the rows that are ``used``, bool [S], by default all. The others weigh nothing: that copies no z."""
     from sklearn.linear_model import LogisticRegression
 
     # Newton's method: lbfgs, the default, stops at errors of 1e-3 and more in the logits where the penalty is small.
-    return LogisticRegression(C=strength, solver="newton-cg", tol=1e-8, max_iter=1000).fit(z, targets)
+    model = LogisticRegression(C=strength, solver="newton-cg", tol=1e-8, max_iter=1000)
+    return model.fit(z, targets, None if used is None else used.astype(np.float64))
 
 
 def _log_probabilities(model: Any, z: np.ndarray) -> np.ndarray:
