@@ -135,7 +135,7 @@ def test_going_on_behind_the_answer_is_penalised(lmm: sav_jax.LMM) -> None:
     assert (losses[2] > losses[0] + 1).all(), "of about 260 tokens one stops"
 
     def lost_by_not_stopping(searched: sav_jax.LMM) -> float:
-        recipe = Recipe(steps=20, examples=4, masks=16)
+        recipe = Recipe(steps=20, examples=2, masks=10, draws=9)  # shapes that are compiled already
         mask = find_heads(searched, EXAMPLES, ANSWERS, TARGETS, values, recipe, progress=False).mask
         return float((losses_of_whole_prompts(lmm, values, mask) - losses_of_whole_prompts(mute, values, mask)).mean())
 
