@@ -132,6 +132,7 @@ def _eval(options: cli.Eval) -> None:
     from sav_jax.eval.run import Plan, evaluate
     from sav_jax.eval.tasks import GROUPS, TASKS, default_data_dir, find_tasks
     from sav_jax.eval.tasks.files import from_files
+    from sav_jax.task_vectors import Recipe
 
     if "list" in (options.tasks, options.methods):
         if options.tasks == "list":
@@ -154,6 +155,7 @@ def _eval(options: cli.Eval) -> None:
             seeds=_numbers("--seeds", options.seeds),
             num_heads=options.num_heads,
             demonstrations=options.demonstrations,
+            mtv=Recipe(prompts=options.mtv_prompts, steps=options.mtv_steps),
             max_new_tokens=options.max_new_tokens,
             limit=options.limit,
             batch_size=options.running.batch_size,

@@ -155,6 +155,12 @@ class Eval:
     demonstrations: int = 4
     """Labelled examples in the prompt of in-context learning."""
 
+    mtv_prompts: int = 100
+    """Prompts with demonstrations whose heads 'mtv' averages: a pass each."""
+
+    mtv_steps: int = 150
+    """Steps of the search of 'mtv', of four labelled examples each (published: 600 of one). 0 draws heads at random."""
+
     max_new_tokens: int = 32
     """Longest answer that the model may write."""
 

@@ -1,9 +1,13 @@
 """Multimodal task vectors (arXiv 2406.15334): which heads to replace by what they put out after demonstrations.
 
 The values are means over prompts with demonstrations, read at the last token. Where they go is found by REINFORCE
-(Williams 1992): one Bernoulli variable per head, its logit moved against the loss of the right answers. Only the last
-token of a prompt is changed, so what stands before it is read once and every mask costs one token (and those of the
-answer) on its cache, where the published code reads the whole prompt for each.
+(Williams 1992): one Bernoulli variable per head, its logit moved against the loss of the right answers. Heads are
+changed where they are when the answer is written: at the last token of the prompt and at every token behind it. What
+stands before is read once, so that every mask costs one token (and those of the answer) on its cache, where the
+published code reads the whole prompt for each.
+
+The loss has the end of the answer in it: a model that gives the right answer and does not stop is of no use to one who
+reads what it writes.
 
 Axes: L layers, N heads, H head width, M masks, B prompts, W tokens of the longest answer.
 """
@@ -72,7 +76,8 @@ class Search:
 
     Attributes:
         mask: bool ``[L, N]``, the heads to replace.
-        loss: mean negative log-likelihood of the right answers on the validation examples with these heads replaced.
+        loss: mean negative log-likelihood of the right answers, stop included, on the validation examples with these
+            heads replaced.
         loss_before: the same with none replaced.
         passes: prompts that were read, each for all masks of its step.
     """
@@ -93,10 +98,10 @@ def find_heads(
     seed: int = 0,
     progress: bool = True,
 ) -> Search:
-    """Search the heads that, replaced, make the right answers likeliest.
+    """Search the heads that, replaced, make the right answers likeliest, and that the model stops behind them.
 
     Args:
-        lmm: the frozen model.
+        lmm: the frozen model. Without ``stop_token_ids`` the loss is that of the answers alone.
         examples: S labelled examples, asked without demonstrations.
         answers: what the model has to answer for each class.
         targets: int [S], the class of each example.
@@ -183,6 +188,8 @@ class _Evaluation:
         table, lengths = option_table(lmm, answers)
         self.answers, self.lengths = table[targets], lengths[targets]
         self.values = np.asarray(values, np.float32)
+        # Each once, and none that the model has no logit for: some checkpoints name tokens of other vocabularies.
+        self.stops = tuple(s for s in dict.fromkeys(lmm.stop_token_ids) if 0 <= s < lmm.config.text.vocab_size)
         multiple = data_size(lmm.mesh)
         self.size = -(-size // multiple) * multiple
         self.bucket = Bucket(
@@ -207,7 +214,7 @@ class _Evaluation:
         rows, prompts, last = batch
         padded = [*rows, *[rows[0]] * (self.size - len(rows))]
         arrays = put_batch((prompts, last, self.answers[padded], self.lengths[padded]), self.lmm.mesh)
-        losses = _loss_step(self.lmm.module)(self.lmm.params, *arrays, self.values, masks)
+        losses = _loss_step(self.lmm.module, self.stops)(self.lmm.params, *arrays, self.values, masks)
         self.passes += len(rows)
         return np.asarray(losses, np.float64)[:, : len(rows)]
 
@@ -229,8 +236,13 @@ def without_last(batch: Batch) -> tuple[Batch, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=8)
-def _loss_step(module: MultimodalModel) -> Callable[..., jax.Array]:
-    """``(params, prompts, last [B], answers [B, W], lengths [B], values [L, N, H], masks [M, L, N]) -> [M, B]``."""
+def _loss_step(module: MultimodalModel, stops: tuple[int, ...]) -> Callable[..., jax.Array]:
+    """``(params, prompts, last [B], answers [B, W], lengths [B], values [L, N, H], masks [M, L, N]) -> [M, B]``.
+
+    The loss is minus log p(answer) - log p(one of ``stops`` | answer), without the second term if there are none. The
+    model is the one that :func:`sav_jax.reading.read` generates with: heads are changed at the last token of the prompt
+    and at every token of the answer, the last included, behind which it stops or goes on.
+    """
 
     @jax.jit
     def step(
@@ -243,16 +255,23 @@ def _loss_step(module: MultimodalModel) -> Callable[..., jax.Array]:
         masks: jax.Array,
     ) -> jax.Array:
         width = answers.shape[1]
-        prefix = prefill(module, params, prompts, width)
-        # The last token of an answer is predicted, never read.
-        tokens = jnp.concatenate([last[:, None], answers[:, :-1]], axis=1)
+        # The last token of an answer is read only for what it says of the next.
+        tokens = jnp.concatenate([last[:, None], answers if stops else answers[:, :-1]], axis=1)
+        number = tokens.shape[1]
+        prefix = prefill(module, params, prompts, number)
 
         def loss(mask: jax.Array) -> jax.Array:
             edit = HeadEdit.replacing(values, mask)
-            logits, _ = extend(module, params, prefix, tokens, jnp.full(len(last), width, jnp.int32), edit)
-            log_p = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), answers[:, :, None], axis=2)[:, :, 0]
+            logits, _ = extend(module, params, prefix, tokens, jnp.full(len(last), number, jnp.int32), edit)
+            log_p = jax.nn.log_softmax(logits, axis=-1)
+            of_answer = jnp.take_along_axis(log_p[:, :width], answers[:, :, None], axis=2)[:, :, 0]
             real = jnp.arange(width)[None, :] < lengths[:, None]
-            return -jnp.sum(jnp.where(real, log_p, 0.0), axis=1)
+            total = jnp.sum(jnp.where(real, of_answer, 0.0), axis=1)
+            if stops:
+                # Token 0 is the prompt's last, so that an answer's last is at its length.
+                behind = jnp.take_along_axis(log_p, lengths[:, None, None], axis=1)[:, 0]
+                total = total + jax.nn.logsumexp(behind[:, jnp.array(stops)], axis=-1)
+            return -total
 
         return jax.lax.map(loss, masks, batch_size=_MASKS_AT_ONCE)
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
 from checkpoints import Reference, picture
+from scipy.special import log_softmax, logsumexp
 
 import sav_jax
+from sav_jax.batching import BatchPlan, Bucket, assemble
 from sav_jax.examples import Example
+from sav_jax.extract import plan_prompts
+from sav_jax.models.batch import Batch
 from sav_jax.models.intervention import HeadEdit
-from sav_jax.reading import read
+from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.task_vectors import Recipe, Search, _Evaluation, find_heads, policy_gradient
 
 # Log-likelihoods of order ten in another program and other company.
 LOSS = 1e-4
 
-ANSWERS = ["cat", "giraffe"]
+ANSWERS = ["cat", "giraffe"]  # one of them longer, and so the end of the other not at the end of the table
 TARGETS = np.array([0, 1, 1, 0, 1])
 # Prompts of several lengths and numbers of images, which the search runs in one shape.
 EXAMPLES = [
@@ -36,11 +43,36 @@ def random_values(lmm: sav_jax.LMM) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(lmm.heads_shape).astype(np.float32)
 
 
+@functools.cache
+def _logits(module: MultimodalModel) -> Callable[..., jax.Array]:
+    def logits(params: Any, batch: Batch, edit: HeadEdit) -> jax.Array:
+        output: Any = module.apply({"params": params}, batch, logits="all", edit=edit)
+        return output.logits
+
+    return jax.jit(logits)
+
+
 def losses_of_whole_prompts(lmm: sav_jax.LMM, values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of every example's answer, from passes over whole prompts."""
-    edit = HeadEdit.replacing(values, mask)
-    scores = read(lmm, EXAMPLES, ANSWERS, edit=edit, keep_heads=False, progress=False).scores
-    return -scores[np.arange(len(TARGETS)), TARGETS]
+    """Negative log-likelihood of every example's answer and of a stop token behind it, from one pass over the prompt
+    with its answer and no cache; heads are replaced from the last token of the prompt on.
+    """
+    answers = [lmm.processor.encode(ANSWERS[target]) for target in TARGETS]
+    prompts = plan_prompts(lmm, EXAMPLES)
+    longer = [prompt.extended(ids) for prompt, ids in zip(prompts, answers, strict=True)]
+    sizes = np.array([(len(p.token_ids), p.num_rows, p.visual_index.shape[1]) for p in longer])
+    plan = BatchPlan(Bucket(*sizes.max(axis=0).tolist()), tuple(range(len(longer))), len(longer))
+    batch: Batch = assemble(plan, longer, [lmm.processor.pixels(example.load_images()) for example in EXAMPLES])
+    first = np.array([len(prompt.token_ids) - 1 for prompt in prompts])
+    tokens = np.arange(batch.token_ids.shape[1])[None, :] >= first[:, None]
+    edit = dataclasses.replace(HeadEdit.replacing(values, mask), tokens=tokens)
+    log_p = log_softmax(np.asarray(_logits(lmm.module)(lmm.params, batch, edit), np.float64), axis=-1)
+    losses = []
+    for row, (start, ids) in enumerate(zip(first, answers, strict=True)):
+        loss = -sum(log_p[row, start + i, token] for i, token in enumerate(ids))
+        if lmm.stop_token_ids:
+            loss -= logsumexp(log_p[row, start + len(ids), list(lmm.stop_token_ids)])
+        losses.append(loss)
+    return np.array(losses)
 
 
 def test_the_gradient_is_that_of_the_log_probability() -> None:
@@ -61,14 +93,18 @@ def test_the_gradient_is_that_of_the_log_probability() -> None:
     np.testing.assert_array_equal(policy_gradient(np.ones(1), masks[:1].numpy(), p.detach().numpy()), 0)
 
 
+@pytest.mark.parametrize("stops", [(), (5, 9)])
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
 def test_losses_are_those_of_whole_prompts(
-    family: str, lmm: sav_jax.LMM, make_reference: Callable[..., Reference]
+    family: str, stops: tuple[int, ...], lmm: sav_jax.LMM, make_reference: Callable[..., Reference]
 ) -> None:
     """The last token on the cache of the others, for all masks, is as good as the whole prompt for each."""
     lmm = lmm if family == "llava_onevision" else sav_jax.load(make_reference(family).directory)
+    lmm = dataclasses.replace(lmm, stop_token_ids=stops)
     values = random_values(lmm)
-    evaluate = _Evaluation(lmm, EXAMPLES, ANSWERS, TARGETS, values, 2)
+    # Named twice, or of another vocabulary: neither changes what stops.
+    named = dataclasses.replace(lmm, stop_token_ids=(*stops, *stops[:1], 10**6))
+    evaluate = _Evaluation(named, EXAMPLES, ANSWERS, TARGETS, values, 2)
     masks = np.random.default_rng(1).random((10, *lmm.heads_shape[:2])) < 0.3
     parts = [np.array([0, 2]), np.array([1, 3]), np.array([4])]
     losses = np.concatenate([evaluate(batch, masks) for batch in evaluate.batches(parts)], axis=1)
@@ -78,6 +114,32 @@ def test_losses_are_those_of_whole_prompts(
         expected = losses_of_whole_prompts(lmm, values, masks[row])
         np.testing.assert_allclose(losses[row], expected[order], rtol=0, atol=LOSS)
     assert losses.std(axis=0).min() > 100 * LOSS, "the masks would not matter"
+
+
+def test_going_on_behind_the_answer_is_penalised(lmm: sav_jax.LMM) -> None:
+    """Whether a patched model stops is part of its loss: a search that looks at it finds heads with which it rather
+    does, and with every token a stop nothing is left to lose.
+    """
+    values = random_values(lmm)
+    mute, every = (
+        dataclasses.replace(lmm, stop_token_ids=stops) for stops in ((), tuple(range(lmm.config.text.vocab_size)))
+    )
+    masks = np.random.default_rng(1).random((10, *lmm.heads_shape[:2])) < 0.3
+    losses = []
+    for model in (mute, every, lmm):
+        evaluate = _Evaluation(model, EXAMPLES, ANSWERS, TARGETS, values, 2)
+        (batch,) = evaluate.batches([np.array([0, 1])])
+        losses.append(evaluate(batch, masks))
+        assert evaluate.passes == 2, "the same prompts, with the end or without"
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0, atol=LOSS)
+    assert (losses[2] > losses[0] + 1).all(), "of about 260 tokens one stops"
+
+    def lost_by_not_stopping(searched: sav_jax.LMM) -> float:
+        recipe = Recipe(steps=20, examples=2, masks=10, draws=9)  # shapes that are compiled already
+        mask = find_heads(searched, EXAMPLES, ANSWERS, TARGETS, values, recipe, progress=False).mask
+        return float((losses_of_whole_prompts(lmm, values, mask) - losses_of_whole_prompts(mute, values, mask)).mean())
+
+    assert lost_by_not_stopping(lmm) < lost_by_not_stopping(mute) - 100 * LOSS
 
 
 def test_what_is_found_is_told_rightly(lmm: sav_jax.LMM) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sav_jax.eval.sweeps import sweep
 from sav_jax.eval.tasks.base import Digests, Item, Split, Task, split_task
 from sav_jax.lmm import LMM
 from sav_jax.models.processor import image_settings
+from sav_jax.task_vectors import Recipe
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Plan:
 
     Attributes:
       shots, seeds: every number of shots is run with every seed.
-      num_heads, demonstrations, max_new_tokens, batch_size, cache, clip, siglip: see
+      num_heads, demonstrations, mtv, max_new_tokens, batch_size, cache, clip, siglip: see
         :class:`sav_jax.eval.methods.Settings`.
       limit: answer only so many queries of each task; None for all.
       allow_leak: go on when a query also stands in the support.
@@ -50,6 +52,7 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     num_heads: int = 20
     demonstrations: int = 4
+    mtv: Recipe = field(default_factory=Recipe)
     max_new_tokens: int = 32
     limit: int | None = None
     batch_size: int = 8
@@ -67,6 +70,7 @@ class Plan:
             seed=seed,
             num_heads=self.num_heads,
             demonstrations=self.demonstrations,
+            mtv=self.mtv,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             cache=self.cache,
@@ -168,6 +172,7 @@ def evaluate(
         "shots": plan.shots,
         "num_heads": plan.num_heads,
         "demonstrations": plan.demonstrations,
+        "mtv": dataclasses.asdict(plan.mtv),
         "max_new_tokens": plan.max_new_tokens,
         "allow_leak": plan.allow_leak,
         "clip": plan.clip,
@@ -202,6 +207,10 @@ def _check(plan: Plan, methods: Sequence[Method]) -> None:
             raise UserError(f"{what} names a number twice")
     if plan.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, not {plan.max_new_tokens}")
+    if plan.mtv.prompts < 1:
+        raise UserError(f"--mtv-prompts must be at least 1, not {plan.mtv.prompts}")
+    if plan.mtv.steps < 0:
+        raise UserError(f"--mtv-steps must be at least 0, not {plan.mtv.steps}")
 
 
 def _split(task: Task, plan: Plan) -> tuple[tuple[Item, ...], dict[tuple[int, int], Split], Digests, dict[int, int]]:

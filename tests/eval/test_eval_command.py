@@ -83,6 +83,24 @@ def test_every_prompt_is_run_once(reference: Reference, capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("workplace")
+def test_the_recipe_of_task_vectors(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is asked for is what is run, is in the results, and is a search of its own."""
+    command = [
+        *("eval", "--model", str(reference.directory), "--tasks", "digits", "--shots", "1", "--limit", "4"),
+        *("--max-new-tokens", "3", "--methods", "mtv", "--mtv-prompts", "3", "--output-path", "results"),
+    ]
+    # Ten examples at the end; four in a step; the queries, anew if other heads are replaced.
+    for steps, searched in ((0, {10 + 4}), (1, {4 + 10, 4 + 10 + 4}), (0, {0})):
+        assert main([*command, "--mtv-steps", str(steps)]) == 0
+        content = json.loads(Path("results/results.json").read_text())
+        recipe = content["config"]["mtv"]
+        assert (recipe["prompts"], recipe["steps"], recipe["examples"]) == (3, steps, 4)
+        assert content["sav_jax"]["passes"]["patched"] in searched
+        assert content["sav_jax"]["passes"]["prompts"] <= 3
+    assert "forward passes: 0 (" in capsys.readouterr().out.rpartition("| digits")[2]
+
+
+@pytest.mark.usefixtures("workplace")
 def test_eval_command(reference: Reference, capsys: pytest.CaptureFixture[str]) -> None:
     command = [
         *("eval", "--model", str(reference.directory), "--tasks", "digits", "--shots", "2", "--num-heads", "5"),
@@ -153,6 +171,8 @@ def test_a_task_of_two_files(reference: Reference, capsys: pytest.CaptureFixture
         (["--seeds", ","], "--seeds names no number"),
         (["--seeds", "-1"], "seed must not be negative"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--mtv-prompts", "0"], "--mtv-prompts must be at least 1"),
+        (["--mtv-steps", "-1"], "--mtv-steps must be at least 0"),
         (["--test", "b.jsonl"], "needs --train"),
         (["--train", "a.jsonl", "--test", "b.jsonl"], "a.jsonl: no such file or folder"),
         (["--model", "./nowhere", "--methods", "sav"], "no such model"),

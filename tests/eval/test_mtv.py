@@ -12,10 +12,11 @@ from eval_made import grey_split, grey_task, made_features, read_features
 import sav_jax
 from sav_jax import UserError
 from sav_jax.eval.features import Features
-from sav_jax.eval.methods import METHODS, Settings
+from sav_jax.eval.methods import METHODS, Settings, mtv
 from sav_jax.eval.methods.mtv import demonstrated
+from sav_jax.generation import Generation
 from sav_jax.models.intervention import HeadEdit
-from sav_jax.reading import read
+from sav_jax.reading import Readings, read
 from sav_jax.task_vectors import Recipe, find_heads
 
 # Log-likelihoods of order ten in another company.
@@ -98,6 +99,22 @@ def test_a_second_run_makes_no_pass(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     features = features_of(lmm, dataclasses.replace(SETTINGS, seed=1), cache=str(tmp_path))
     METHODS["mtv"].run(features)
     assert features.reader.passes > 0
+
+
+def test_what_a_patched_model_writes_is_read_as_if_it_were_not_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going on behind the label, too: a word more does no harm, a label written into the next is none."""
+    split = grey_split()
+    texts = tuple(("dark dark", "Middle. And so on", "brightbright", "")[i % 4] for i in range(len(split.queries)))
+    plain = made_features(split, texts=("",) * len(split.support) + texts)
+    patched = made_features(split)
+    readings = Readings((), np.zeros((0,)), np.zeros((0,)), tuple(Generation(text, ()) for text in texts), 0)
+    monkeypatch.setattr(mtv, "_readings", lambda _: (readings, {"heads_replaced": 1}))
+    expected = METHODS["zero-shot"].run(plain).predictions
+    outcome = METHODS["mtv"].run(patched)
+    assert outcome.predictions == expected
+    assert expected is not None
+    assert expected[:4] == ("dark", "middle", "", "")
+    assert (outcome.texts, outcome.facts) == (texts, {"heads_replaced": 1})
 
 
 def test_impossible_numbers_of_demonstrations() -> None:

@@ -2,7 +2,8 @@
 
 1. Means: each support example in turn is the query of a prompt with ``--demonstrations`` others; heads are read at its
    last token and averaged over the prompts.
-2. Places: a search over the support says which heads to replace (:mod:`sav_jax.task_vectors`).
+2. Places: a search over the support says which heads to replace so that the right answer, and its end, are likeliest
+   (:mod:`sav_jax.task_vectors`).
 3. Answers: queries are asked without demonstrations. Those heads put out their means at the last token of the prompt,
    and at every token of an answer when it is read.
 
@@ -28,7 +29,7 @@ from sav_jax.models.intervention import HeadEdit
 from sav_jax.reading import Readings
 from sav_jax.task_vectors import Search, find_heads
 
-_VERSION = "search 1"
+_VERSION = "search 2"
 """Part of every cache key of a search; raised when its meaning or numbers change."""
 
 
@@ -63,7 +64,8 @@ def _task_vector(features: Features) -> tuple[HeadEdit, dict[str, Any]]:
     support = [item.example for item in split.support]
     planned = plan_prompts(reader.lmm, support)
     asked = [content_key(reader.lmm, prompt, example) for prompt, example in zip(planned, support, strict=True)]
-    facts = (_VERSION, recipe, features.settings.seed, answers, features.targets.tolist(), readings.keys, asked)
+    stops = reader.lmm.stop_token_ids
+    facts = (_VERSION, recipe, features.settings.seed, answers, features.targets.tolist(), readings.keys, asked, stops)
     key = hashlib.sha256(repr(facts).encode()).hexdigest()
     store = HeadStore.open(f"{reader.cache.rstrip('/')}/searches") if reader.cache else None
     if store is not None and not store.missing([key]):
