@@ -65,7 +65,7 @@ def save(
 
     lora.check(architecture.module, targets, weights)
     if len({target.rank_stabilised for target in targets}) > 1:
-        raise UserError("PEFT's format has one kind of scaling for all modules; rank_stabilised differs between targets")
+        raise UserError("PEFT's format has one scaling for all modules; rank_stabilised differs between targets")
     entries = _kernels(architecture)
     tensors: dict[str, np.ndarray] = {}
     modules: dict[str, Target] = {}
@@ -116,7 +116,9 @@ def load(directory: str | Path, architecture: Architecture) -> tuple[tuple[Targe
     config = _read_config(directory / CONFIG_FILE)
     pairs, problems = _read_pairs(directory / WEIGHTS_FILE)
     entries = {key: entry for entry in _kernels(architecture).values() for key in entry.stored_keys()}
-    idle = {key for entry in architecture.table.entries for key in entry.stored_keys() if "unread_layers" in entry.target}
+    idle = {
+        key for entry in architecture.table.entries for key in entry.stored_keys() if "unread_layers" in entry.target
+    }
     places: dict[str, dict[int, tuple[np.ndarray, np.ndarray, float]]] = {}
     for module, (a, b) in pairs.items():
         key = architecture.table.canonical(f"{module}.weight")

@@ -319,7 +319,9 @@ class SqLlava(Training):
     """Share of the questions (but the first of each conversation, and only of those about images) that the model learns
     to ask."""
 
-    conversation: Annotated[Literal["template", "vicuna-sq"] | None, _optional("{template,vicuna-sq}", "as in the preset")] = None
+    conversation: Annotated[
+        Literal["template", "vicuna-sq"] | None, _optional("{template,vicuna-sq}", "as in the preset")
+    ] = None
     """How conversations are written: by the checkpoint's own chat template, or as SQ-LLaVA was released."""
 
 

@@ -27,9 +27,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Projection(nn.Module):
     """``einsum(equation, x, kernel) + bias``: every weight matrix of every tower.
 
-    Where the variable collection ``lora`` holds ``a`` ``[*inputs, rank]`` and ``b`` ``[rank, *outputs]`` at this module's
-    path, ``(x a) b`` is added (LoRA, arXiv 2106.09685); ``b`` carries the scale. If it also holds a ``dropout`` rate and
-    the call brings a "dropout" key, x is dropped out on that way alone. See ``models/lora.py``.
+    Where the variable collection ``lora`` holds ``a`` ``[*inputs, rank]`` and ``b`` ``[rank, *outputs]`` at this
+    module's path, ``(x a) b`` is added (LoRA, arXiv 2106.09685); ``b`` carries the scale. If it also holds a
+    ``dropout`` rate and the call brings a "dropout" key, x is dropped out on that way alone. See ``models/lora.py``.
 
     Attributes:
         equation: for example ``"BTD,DNH->BTNH"``; the second operand is the kernel.
@@ -70,7 +70,8 @@ class Projection(nn.Module):
             keep = 1.0 - jnp.asarray(self.get_variable("lora", "dropout"), jnp.float32)
             kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
             x = jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
-        a, b = (self.get_variable("lora", name).astype(x.dtype) for name in "ab")
+        a: jax.Array = self.get_variable("lora", "a").astype(x.dtype)
+        b: jax.Array = self.get_variable("lora", "b").astype(x.dtype)
         inner = given.translate(str.maketrans("", "", inputs)) + "r"
         return jnp.einsum(f"{inner},r{outputs}->{result}", jnp.einsum(f"{given},{inputs}r->{inner}", x, a), b)
 

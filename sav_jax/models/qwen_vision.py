@@ -293,7 +293,9 @@ class QwenVision(nn.Module):
         tokens = PatchMerger(c, name="merger")(x)
         if kept is None:
             return tokens, None
-        mergers = nn.vmap(PatchMerger, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True}, axis_size=count)
+        mergers = nn.vmap(
+            PatchMerger, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True}, axis_size=count
+        )
         return tokens, mergers(c, norm_after=True, name="deepstack_mergers")(kept[:count])
 
 

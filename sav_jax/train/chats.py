@@ -102,7 +102,7 @@ def _chat(path: Path, line: int, number: int, row: Any, folder: Path) -> Chat:
         where = f'{source}: field "conversations", turn {place}'
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise UserError(f'{where}: must be an object with "from" and "value"')
-        role = ROLES.get(turn.get("from"))
+        role = ROLES.get(str(turn.get("from")))
         if role is None:
             raise UserError(f"{where}: speaker {turn.get('from')!r} is not known (known: human, gpt)")
         if role != ("user", "assistant")[place % 2]:
@@ -223,7 +223,13 @@ def chat_format(processor: Processor, stop_token_ids: Sequence[int] = ()) -> Cha
 
 def _asking(user: str) -> str:
     """The header of a question that the model asks itself: "VUSER: " for "USER: "."""
-    for name, own in (("USER", "VUSER"), ("User", "Vuser"), ("user", "vuser"), ("HUMAN", "VHUMAN"), ("human", "vhuman")):
+    for name, own in (
+        ("USER", "VUSER"),
+        ("User", "Vuser"),
+        ("user", "vuser"),
+        ("HUMAN", "VHUMAN"),
+        ("human", "vhuman"),
+    ):
         if name in user:
             return user.replace(name, own, 1)
     return "VUSER: " + user
@@ -231,9 +237,7 @@ def _asking(user: str) -> str:
 
 def _applied(processor: Processor, said: Sequence[str], prompt: bool) -> str:
     roles = ("user", "assistant")
-    messages = [
-        {"role": roles[i % 2], "content": [{"type": "text", "text": text}]} for i, text in enumerate(said)
-    ]
+    messages = [{"role": roles[i % 2], "content": [{"type": "text", "text": text}]} for i, text in enumerate(said)]
     try:
         return processor.tokenizer.apply_chat_template(
             messages, chat_template=processor.chat_template, add_generation_prompt=prompt, tokenize=False
@@ -337,7 +341,7 @@ def lesson(processor: Processor, chat: Chat, form: ChatFormat, max_tokens: int |
     )
     ids = np.asarray(encoded["input_ids"], np.int32)
     learned = np.array([any(a < stop and start < b for start, stop in spans) for a, b in encoded["offset_mapping"]])
-    prompt = processor.expand(ids, chat.media.image_sizes())
+    prompt = processor.expand(encoded["input_ids"], chat.media.image_sizes())
     placeholder = ids == processor.config.image_token_id
     targets = np.full(len(prompt.token_ids), -1, np.int32)
     targets[prompt.visual_index[:, 0] < 0] = np.where(learned, ids, -1)[~placeholder]

@@ -1,9 +1,9 @@
 """Which conversations make up each step, and the arrays of a step.
 
-The plan of a run follows from lengths, seed and settings alone: every process makes the same plan and loads its own rows
-of each batch, and a run is resumed by the number of its next step. Rows of a batch have nearly the same length: each
-epoch is shuffled, cut into stretches of many batches, sorted within them, and its batches are shuffled again (length
-grouping, as in LLaVA's training code).
+The plan of a run follows from lengths, seed and settings alone: every process makes the same plan and loads its own
+rows of each batch, and a run is resumed by the number of its next step. Rows of a batch have nearly the same length:
+each epoch is shuffled, cut into stretches of many batches, sorted within them, and its batches are shuffled again
+(length grouping, as in LLaVA's training code).
 
 Axes: B batch, T tokens, R targets of the longest row.
 """

@@ -1,8 +1,8 @@
 """The loop that all recipes share: one jitted step, Orbax checkpoints, a log.
 
-What trains is a flat dict from path to float32 array; everything else is frozen, in the model's dtype, and takes part in
-no gradient. Every batch, dropout mask and shuffle is a function of the seed and the step, so that a killed run goes on
-where it was and ends with the same bits.
+What trains is a flat dict from path to float32 array; everything else is frozen, in the model's dtype, and takes part
+in no gradient. Every batch, dropout mask and shuffle is a function of the seed and the step, so that a killed run goes
+on where it was and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from sav_jax._files import write_file
 from sav_jax.errors import UserError
 from sav_jax.sharding import data_size, put_batch
 from sav_jax.train.data import batches
-from sav_jax.train.optimizer import Group, Optimization, make_optimizer
+from sav_jax.train.optimizer import Group, Optimization, Pace, preconditioner, updated
 
 Trainable = dict[str, jax.Array]
 """Path -> float32 array."""
 Loss = Callable[[Mapping[str, jax.Array], Any, Any, jax.Array], tuple[jax.Array, jax.Array]]
-"""(trainable, frozen, batch, key) -> (sum of losses, sum of weights); their quotient, over a whole step, is minimised."""
+"""(trainable, frozen, batch, key) -> (sum of losses, sum of weights); their quotient over a whole step is minimised."""
 
 
 class Data(Protocol):
@@ -113,23 +113,24 @@ def _state_shardings(problem: Problem, shapes: State) -> Any:
     everywhere, shardings = NamedSharding(problem.mesh, PartitionSpec()), problem.shardings
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+        name = next((str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
         return shardings[name] if name in shardings and leaf.ndim else everywhere
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
+@functools.lru_cache(maxsize=16)
 def make_step(
-    loss: Loss, transform: optax.GradientTransformation, micro_batches: int, seed: int
+    loss: Loss, transform: optax.GradientTransformation, micro_batches: int
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
-    """``(state, frozen, batch) -> (state, {"loss", "gradient_norm"})``; the state given is donated.
+    """``(state, frozen, batch, pace) -> (state, {"loss", "gradient_norm"})``; the state given is donated.
 
     The loss is the mean over the whole batch's weights, whatever the micro-batches and processes hold of them.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, frozen: Any, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def step(state: State, frozen: Any, batch: Any, pace: Pace) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(pace.key), state.step)
 
         def part(trainable: Trainable, micro: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
             return loss(trainable, frozen, micro, key)
@@ -152,13 +153,17 @@ def make_step(
             start = zero, zero, jax.tree.map(jnp.zeros_like, state.trainable)
             (total, weight, gradients), _ = jax.lax.scan(add, start, (micros, jax.random.split(key, micro_batches)))
         gradients = jax.tree.map(lambda g: g / weight, gradients)
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax relies on it
+        with jax.numpy_dtype_promotion("standard"):
             norm = optax.tree.norm(gradients)
-            updates, optimizer = transform.update(gradients, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable, optimizer = updated(transform, pace, state.step, state.trainable, state.optimizer, gradients)
         return State(state.step + 1, trainable, optimizer), {"loss": total / weight, "gradient_norm": norm}
 
     return step
+
+
+@functools.lru_cache(maxsize=16)
+def _transform(settings: Optimization) -> optax.GradientTransformation:
+    return preconditioner(settings)
 
 
 def train(problem: Problem, data: Data, settings: Optimization, directory: Path, progress: bool = True) -> Trainable:
@@ -181,16 +186,20 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
         )
     directory = directory.absolute()
     _claim(directory, dict(problem.facts or {}))
-    transform = make_optimizer(settings, problem.groups)
+    # What a step is compiled for; the rest of the settings only decides numbers.
+    transform = _transform(
+        Optimization(clip=settings.clip, beta1=settings.beta1, beta2=settings.beta2, epsilon=settings.epsilon)
+    )
+    pace = Pace.of(settings, problem.groups)
     state = initial_state(problem, transform)
     with _Checkpoints(directory / "checkpoints", settings) as checkpoints:
         state = checkpoints.latest(state)
         first = int(state.step)
-        step_function = make_step(problem.loss, transform, settings.micro_batches, settings.seed)
+        step_function = make_step(problem.loss, transform, settings.micro_batches)
         with _Log(directory, first, settings, progress) as log:
             waiting: list[tuple[int, dict[str, jax.Array]]] = []
             for step, batch in zip(range(first, len(data)), batches(data, first), strict=False):
-                state, metrics = step_function(state, problem.frozen, put_batch(batch, problem.mesh))
+                state, metrics = step_function(state, problem.frozen, put_batch(batch, problem.mesh), pace)
                 waiting.append((step, metrics))
                 last = step + 1 == len(data)
                 due = (step + 1) % settings.checkpoint_every == 0 or last
@@ -261,9 +270,7 @@ class _Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return state
-        target = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-        )
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         return self._manager.restore(step, args=self._ocp.args.StandardRestore(target))
 
     def save(self, state: State) -> None:

@@ -7,7 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import struct
 
 from sav_jax.errors import UserError
 
@@ -91,31 +95,64 @@ def trainable_groups(paths: Iterable[str], groups: Sequence[Group]) -> dict[str,
     return {path: group for path, group in chosen.items() if group.learning_rate}
 
 
-def make_optimizer(settings: Optimization, groups: Mapping[str, Group]) -> optax.GradientTransformation:
-    """Clipping over all leaves, then AdamW at each group's rate.
+@struct.dataclass
+class Pace:
+    """How fast everything is trained: arrays, so that runs with other rates, lengths and seeds share a compiled step.
 
-    Args:
-        settings: the schedule.
-        groups: path -> group, of the leaves that train.
+    Attributes:
+        key: of dropout; each step folds its number in.
+        steps, warmup: int32, of the whole run and of its linear warm-up.
+        rates, decays: path -> float32 peak learning rate and weight decay.
     """
-    warmup = round(settings.steps * settings.warmup)
 
-    def adamw(group: Group) -> optax.GradientTransformation:
-        # The first step moves already: at rate 1 / warmup of the peak.
-        rising = optax.linear_schedule(group.learning_rate / max(warmup, 1), group.learning_rate, max(warmup - 1, 0))
-        falling = optax.cosine_decay_schedule(group.learning_rate, max(settings.steps - warmup, 1))
-        schedule = optax.join_schedules([rising, falling], [warmup]) if warmup else falling
-        return optax.adamw(
-            schedule, settings.beta1, settings.beta2, settings.epsilon, weight_decay=group.weight_decay
+    key: Any
+    steps: Any
+    warmup: Any
+    rates: dict[str, Any]
+    decays: dict[str, Any]
+
+    @classmethod
+    def of(cls, settings: Optimization, groups: Mapping[str, Group]) -> Pace:
+        """Of the leaves that train, by path."""
+        return cls(
+            key=jax.random.key_data(jax.random.key(settings.seed)),
+            steps=np.int32(settings.steps),
+            warmup=np.int32(round(settings.steps * settings.warmup)),
+            rates={path: np.float32(group.learning_rate) for path, group in groups.items()},
+            decays={path: np.float32(group.weight_decay) for path, group in groups.items()},
         )
 
-    names = {group: str(i) for i, group in enumerate(dict.fromkeys(groups.values()))}
-    parts = [optax.multi_transform({name: adamw(group) for group, name in names.items()}, label_tree(groups, names))]
+    def factor(self, step: jax.Array) -> jax.Array:
+        """Share of the peak rate at a step counted from 0: rising to 1 over the warm-up, then half a cosine to 0."""
+        done = step.astype(jnp.float32)
+        warmup = jnp.asarray(self.warmup).astype(jnp.float32)
+        rest = jnp.maximum(jnp.asarray(self.steps).astype(jnp.float32) - warmup, 1.0)
+        falling = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((done - warmup) / rest, 0.0, 1.0)))
+        return jnp.where(done < warmup, (done + 1) / jnp.maximum(warmup, 1.0), falling)
+
+
+def preconditioner(settings: Optimization) -> optax.GradientTransformation:
+    """Clipping over all leaves together, then Adam; rates and decay are applied by :func:`updated`."""
+    parts = [optax.scale_by_adam(settings.beta1, settings.beta2, settings.epsilon)]
     if settings.clip:
         parts.insert(0, optax.clip_by_global_norm(settings.clip))
     return optax.chain(*parts)
 
 
-def label_tree(groups: Mapping[str, Group], names: Mapping[Group, str]) -> dict[str, Any]:
-    """Path -> the name of its group."""
-    return {path: names[group] for path, group in groups.items()}
+def updated(
+    transform: optax.GradientTransformation,
+    pace: Pace,
+    step: jax.Array,
+    trainable: Mapping[str, jax.Array],
+    state: Any,
+    gradients: Mapping[str, jax.Array],
+) -> tuple[dict[str, jax.Array], Any]:
+    """Leaves and optimiser state after a step of AdamW (arXiv 1711.05101)."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax relies on it
+        directions, state = transform.update(dict(gradients), state, dict(trainable))
+    factor = pace.factor(step)
+    moved = {
+        path: value - factor * pace.rates[path] * (directions[path] + pace.decays[path] * value)
+        for path, value in trainable.items()
+    }
+    return moved, state

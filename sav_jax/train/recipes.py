@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sav_jax.errors import UserError
@@ -55,7 +55,7 @@ class Recipe:
     conversation: str = "template"
     max_tokens: int = 0
     group_by_modality: bool = False
-    optimization: Optimization = Optimization()
+    optimization: Optimization = field(default_factory=Optimization)
 
     def __post_init__(self) -> None:
         if not 0 <= self.sq_ratio <= 1:

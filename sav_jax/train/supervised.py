@@ -31,7 +31,7 @@ def next_token_loss(
     Logits are made for the targets alone, some at a time, and again in the backward pass: a vocabulary of 150,000 times
     the tokens of a long row would not fit.
     """
-    output: Any = module.apply(variables, data.batch, rngs=rngs)
+    output: Any = module.apply(variables, data.batch, rngs=None if rngs is None else dict(rngs))
     hidden = read_at(output.hidden, data.batch.read_positions)
 
     @jax.checkpoint
@@ -45,14 +45,15 @@ def next_token_loss(
     width = data.targets.shape[1]
     if width <= _CHUNK or width % _CHUNK:
         return part(whole), jnp.sum(whole[2])
-    chunks = jax.tree.map(
-        lambda x: x.reshape(x.shape[0], width // _CHUNK, _CHUNK, *x.shape[2:]).swapaxes(0, 1), whole
-    )
+    chunks = jax.tree.map(lambda x: x.reshape(x.shape[0], width // _CHUNK, _CHUNK, *x.shape[2:]).swapaxes(0, 1), whole)
     return jnp.sum(jax.lax.map(part, chunks)), jnp.sum(whole[2])
 
 
-def supervised_loss(module: MultimodalModel, targets: Sequence[Target]) -> Loss:
-    """The loss of conversations; what trains are ``lora/...`` matrices and ``params/...`` leaves."""
+@functools.lru_cache(maxsize=16)
+def supervised_loss(module: MultimodalModel, targets: tuple[Target, ...]) -> Loss:
+    """The loss of conversations, the same object for equal arguments; what trains are ``lora/...`` matrices and
+    ``params/...`` leaves.
+    """
 
     def loss(
         trainable: Mapping[str, jax.Array], frozen: Mapping[str, Any], data: LessonBatch, key: jax.Array

@@ -32,9 +32,14 @@ def form_of(lmm: LMM, recipe: Recipe) -> ChatFormat:
 
 
 def digest(chats: Sequence[Chat]) -> str:
-    """sha256 of what is said and which files are shown, in hexadecimal."""
-    told = ((tuple((t.role, t.text) for t in chat.turns), [str(image) for image in chat.media.images]) for chat in chats)
-    return hashlib.sha256("\n".join(map(repr, told)).encode()).hexdigest()
+    """sha256 of what is said and which images are shown, by path if they are files, in hexadecimal."""
+    whole = hashlib.sha256()
+    for chat in chats:
+        shown = [str(image) for image in chat.media.images if isinstance(image, Path)]
+        if len(shown) < len(chat.media.images):
+            shown = chat.media.image_digests()
+        whole.update(repr(([(turn.role, turn.text) for turn in chat.turns], shown)).encode())
+    return whole.hexdigest()
 
 
 def tune(lmm: LMM, chats: Sequence[Chat], recipe: Recipe, directory: Path, progress: bool = True) -> LMM:

@@ -22,8 +22,8 @@ import torch
 
 from sav_jax.dual_encoder import FAMILIES as DUAL_FAMILIES
 from sav_jax.dual_encoder import dual_encoder_config, init_params
-from sav_jax.models.multimodal import init_params as init_lmm
 from sav_jax.models.dual_encoder import TwoTowers
+from sav_jax.models.multimodal import init_params as init_lmm
 from sav_jax.models.registry import FAMILIES, architecture, read_config
 
 CLIP_336 = {

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -18,9 +15,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import sav_jax
 from sav_jax import adapters
-from sav_jax.errors import UserError
-from sav_jax.extract import plan_prompts, run_batches
-from sav_jax.batching import plan_batches
 from sav_jax.models import lora
 from sav_jax.models.lora import Target
 
@@ -44,7 +38,7 @@ def family(request: pytest.FixtureRequest, make_reference: Callable[..., Referen
 
 
 def randomized(model: Any, seed: int) -> Any:
-    """PEFT leaves B zero: nothing would be compared. As small as this, values stay of order one, which PARITY is for."""
+    """PEFT leaves B zero: nothing would be compared. So small, values stay of order one, which PARITY is for."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
