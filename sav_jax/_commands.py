@@ -34,6 +34,7 @@ def run(options: Any) -> None:
         cli.Fit: _fit,
         cli.Predict: _predict,
         cli.Extract: _extract,
+        cli.Train: _train,
         cli.Eval: _eval,
         cli.Tasks: _tasks,
         cli.Compare: _compare,
@@ -169,6 +170,22 @@ def _eval(options: cli.Eval) -> None:
         options.output_path,
         GROUPS,
     )
+
+
+def _train(options: cli.Train) -> None:
+    from sav_jax.train.chats import read_chats
+    from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
+    from sav_jax.train.tune import export, tuned_with_updates
+
+    chosen = options.recipe
+    presets = LORA_PRESETS if isinstance(chosen, cli.Lora) else SQ_PRESETS
+    recipe = overridden(presets[chosen.preset], vars(chosen))
+    check_output_folder(chosen.output, "run.json")
+    chats = read_chats(chosen.data, chosen.image_folder)
+    base = _load(chosen.model, chosen.dtype)
+    tuned, trainable = tuned_with_updates(base, chats, recipe, chosen.output)
+    written = export(base, tuned, recipe, trainable, chosen.output, chosen.model)
+    print(f"written to {chosen.output}: {', '.join(written)}")
 
 
 def _tasks(options: cli.Tasks) -> None:

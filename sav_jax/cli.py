@@ -231,6 +231,124 @@ class Report:
     """Folder for report.html (one file that needs no other), and for report.md, report.tex, report.csv and figures."""
 
 
+@dataclass(frozen=True)
+class Training:
+    """What both kinds of tuning can be told; whatever is left out is as in the preset."""
+
+    model: str
+    """The base model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+
+    data: Path
+    """Conversations in LLaVA's format (JSON list or JSON Lines of {"image", "conversations": [{"from": "human" or
+    "gpt", "value": text}, ...]}), or labelled rows as for 'fit', whose answer is the label."""
+
+    output: Path
+    """Folder for the run (log, checkpoints; a killed run goes on from the latest) and, at its end, 'model' (an ordinary
+    checkpoint for every other command) and, if nothing but low-rank updates trained, 'adapter' (PEFT's format)."""
+
+    image_folder: Annotated[Path | None, _optional("DIR", "the data file's folder")] = None
+    """What relative image paths are relative to."""
+
+    rank: Annotated[int | None, _optional("R", "as in the preset")] = None
+    """Of the low-rank updates of the language model; 0 for none."""
+
+    alpha: Annotated[float | None, _optional("A", "as in the preset")] = None
+    """Updates are scaled by alpha / rank."""
+
+    dropout: Annotated[float | None, _optional("P", "as in the preset")] = None
+    """Share of the input dropped on the low-rank way."""
+
+    target: Annotated[str | None, _optional("REGEX", "as in the preset")] = None
+    """Which projections of the language model, by path: 'language_model/layers/self_attn/(q|v)_proj'."""
+
+    learning_rate: Annotated[float | None, _optional("RATE", "as in the preset")] = None
+    """Peak rate of the language model's updates."""
+
+    vision_rank: Annotated[int | None, _optional("R", "as in the preset")] = None
+    """Of the low-rank updates of the vision tower; 0 for none."""
+
+    vision_alpha: Annotated[float | None, _optional("A", "as in the preset")] = None
+    """As --alpha, of the vision tower."""
+
+    vision_learning_rate: Annotated[float | None, _optional("RATE", "as in the preset")] = None
+    """Peak rate of the vision tower's updates."""
+
+    projector_learning_rate: Annotated[float | None, _optional("RATE", "as in the preset")] = None
+    """Peak rate of what joins tower and language model, trained whole; 0 leaves it frozen."""
+
+    epochs: Annotated[float | None, _optional("N", "as in the preset")] = None
+    """Passes over the data."""
+
+    steps: Annotated[int | None, _optional("N", "from the epochs")] = None
+    """Number of steps, instead of epochs."""
+
+    batch_size: Annotated[int | None, _optional("B", "as in the preset")] = None
+    """Conversations per step, over all devices."""
+
+    micro_batches: Annotated[int | None, _optional("N", "as in the preset")] = None
+    """Cut every batch into so many parts, one after the other, to save memory."""
+
+    max_tokens: Annotated[int | None, _optional("T", "as in the preset")] = None
+    """Cut conversations behind so many tokens; 0 for the model's own limit."""
+
+    remat: Annotated[Literal["none", "dots", "full"] | None, _optional("{none,dots,full}", "as in the preset")] = None
+    """What layers compute again in the backward pass, to save memory: nothing, all but the products with weights, or
+    everything."""
+
+    checkpoint_every: Annotated[int | None, _optional("STEPS", "as in the preset")] = None
+    """Steps between checkpoints."""
+
+    seed: int = 0
+    """Of the order of the data, of dropout and of first values."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, _optional("{float32,bfloat16,float16}", "as described")
+    ] = None
+    """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given. What trains is float32."""
+
+
+@dataclass(frozen=True)
+class Lora(Training):
+    preset: Literal["default", "llava", "debug"] = "default"
+    """'default': some hundred examples on one machine. 'llava': the published LoRA recipe of LLaVA-1.5. 'debug': six
+    steps."""
+
+
+@dataclass(frozen=True)
+class SqLlava(Training):
+    preset: Literal["stage1", "stage1-vit-lora", "stage2", "debug"] = "stage2"
+    """'stage1': the projector alone, on captions; 'stage1-vit-lora': and the vision tower's updates, as the released
+    script has it. 'stage2': low-rank updates of language model and vision tower, and the projector. 'debug': six
+    steps."""
+
+    sq_ratio: Annotated[float | None, _optional("P", "as in the preset")] = None
+    """Share of the questions (but the first of each conversation, and only of those about images) that the model learns
+    to ask."""
+
+    conversation: Annotated[
+        Literal["template", "vicuna-sq"] | None, _optional("{template,vicuna-sq}", "as in the preset")
+    ] = None
+    """How conversations are written: by the checkpoint's own chat template, or as SQ-LLaVA was released."""
+
+
+TrainCommand = (
+    Annotated[
+        Lora,
+        tyro.conf.subcommand("lora", description="Low-rank adaptation (LoRA) on conversations or labelled examples."),
+    ]
+    | Annotated[
+        SqLlava,
+        tyro.conf.subcommand("sq-llava", description="Instruction tuning that also learns to ask (SQ-LLaVA)."),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Train:
+    recipe: TrainCommand
+    """What to train."""
+
+
 def _command(name: str, summary: str, example: str) -> Any:
     return tyro.conf.subcommand(name, description=f"{summary}\n\nExample: {example}")
 
@@ -260,6 +378,14 @@ Command = (
             "Write the head vectors of examples as one array: what every attention head puts out at the last token of "
             "the prompt, before the output projection.",
             "sav-jax extract --model tiny --data rows.jsonl --output heads/",
+        ),
+    ]
+    | Annotated[
+        Train,
+        _command(
+            "train",
+            "Tune a model on conversations or labelled examples.",
+            "sav-jax train lora --model tiny --data train.jsonl --output run/",
         ),
     ]
     | Annotated[

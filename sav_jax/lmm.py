@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sav_jax import adapters
 from sav_jax.errors import UserError
-from sav_jax.models.batch import Batch
-from sav_jax.models.multimodal import MultimodalModel
+from sav_jax.models import lora
+from sav_jax.models.multimodal import MultimodalModel, init_params
 from sav_jax.models.processor import Processor, load_processor
 from sav_jax.models.registry import Architecture, architecture, read_config
 from sav_jax.models.weights import load_params, read_headers, weight_files
@@ -116,6 +117,7 @@ def load(
     dtype: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     num_layers: int | None = None,
+    adapter: str | Path | None = None,
 ) -> LMM:
     """Load an LMM.
 
@@ -128,6 +130,8 @@ def load(
             its slices.
         num_layers: load only the first so many decoder layers: a query needs none deeper than its deepest selected
             head.
+        adapter: a folder in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``), whose LoRA matrices
+            are merged into the weights.
 
     Raises:
         UserError: no such model, a damaged file, or weights that do not fit the config; names the file.
@@ -139,38 +143,27 @@ def load(
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     dtype = floating_dtype(dtype)
-    abstract = jax.eval_shape(lambda: _init(arch, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: init_params(arch.module, jax.random.key(0)))
     sharding = None if mesh is None else parameter_sharding(mesh)
     params = load_params(directory, arch.table, abstract, dtype, sharding)
     processor = load_processor(directory, raw)
     fingerprint = hashlib.sha256(f"{weights_digest(directory)} {_settings_digest(directory, raw)}".encode()).hexdigest()
+    name = str(path)
+    if adapter is not None:
+        name = f"{path} + {adapter}"
+        targets, matrices = adapters.load(adapter, arch)
+        params = lora.merged(arch.module, params, targets, matrices)
+        fingerprint = hashlib.sha256(f"{fingerprint} {adapters.digest(adapter)}".encode()).hexdigest()
     stops = _stop_token_ids(directory, raw, processor)
     sizes = raw | (raw.get("text_config") or {})
     longest = sizes.get("max_position_embeddings")
-    return LMM(str(path), arch, params, processor, fingerprint, dtype, mesh, raw, stops, longest)
+    return LMM(name, arch, params, processor, fingerprint, dtype, mesh, raw, stops, longest)
 
 
 @functools.lru_cache(maxsize=4)
 def _random_params(module: MultimodalModel, dtype: Any) -> Callable[[jax.Array], Any]:
     """Compiled once, whatever the number of seeds."""
-    return jax.jit(lambda key: jax.tree.map(lambda p: p.astype(dtype), _init_module(module, key)))
-
-
-def _init(arch: Architecture, key: jax.Array) -> Any:
-    return _init_module(arch.module, key)
-
-
-def _init_module(module: MultimodalModel, key: jax.Array) -> Any:
-    """Fresh parameters; the dummy prompt is as small as the code allows and decides nothing."""
-    batch = Batch(
-        token_ids=jnp.zeros((1, 1), jnp.int32),
-        lengths=jnp.ones((1,), jnp.int32),
-        read_positions=jnp.zeros((1, 1), jnp.int32),
-        **module.dummy_vision(),
-        visual_index=jnp.zeros((1, 1, 1), jnp.int32),
-        visual_weight=jnp.zeros((1, 1, 1), jnp.float32),
-    )
-    return module.init(key, batch)["params"]
+    return jax.jit(lambda key: jax.tree.map(lambda p: p.astype(dtype), init_params(module, key)))
 
 
 def _stop_token_ids(directory: Path, config: Mapping[str, Any], processor: Processor) -> tuple[int, ...]:

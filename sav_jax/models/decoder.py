@@ -26,7 +26,7 @@ from sav_jax.errors import UserError
 from sav_jax.models.attention import attention
 from sav_jax.models.batch import Array
 from sav_jax.models.intervention import HeadEdit, LayerEdit, edited, tokens_at
-from sav_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, rotary_angles, rotate
+from sav_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, rotary_angles, rotate, scanned
 from sav_jax.models.weights import Entry
 
 
@@ -42,6 +42,7 @@ class DecoderConfig:
         trained_length: tokens of the longest prompts seen in training, for the two options that follow.
         log_n: queries beyond it are scaled up, see :func:`log_n_scale` (the first Qwen).
         dynamic_ntk: prompts beyond it turn more slowly, see :func:`stretched_theta` (the first Qwen).
+        remat: what a layer keeps for its backward pass, a name in ``layers.REMAT_POLICIES``.
     """
 
     vocab_size: int
@@ -62,6 +63,7 @@ class DecoderConfig:
     trained_length: int = 0
     log_n: bool = False
     dynamic_ntk: bool = False
+    remat: str = "none"
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
@@ -319,14 +321,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = self.param("embed_tokens", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size))
-        self.layers = nn.scan(
-            DecoderBlock,
-            # Without "intermediates" here the sown heads would vanish silently.
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast),
-            length=c.num_layers,
-        )(c)
+        self.layers = scanned(DecoderBlock, c.num_layers, c.remat, (0, 0, 0, nn.broadcast))(c)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = Projection("BTD,DV->BTV", (c.hidden_size, c.vocab_size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Projection(nn.Module):
     """``einsum(equation, x, kernel) + bias``: every weight matrix of every tower.
 
+    Where the variable collection ``lora`` holds ``a`` ``[*inputs, rank]`` and ``b`` ``[rank, *outputs]`` at this
+    module's path, ``(x a) b`` is added (LoRA, arXiv 2106.09685); ``b`` carries the scale. If it also holds a
+    ``dropout`` rate and the call brings a "dropout" key, x is dropped out on that way alone. See ``models/lora.py``.
+
     Attributes:
         equation: for example ``"BTD,DNH->BTNH"``; the second operand is the kernel.
         shape: the kernel's shape, input axes first.
@@ -38,20 +43,37 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inputs = len(self.equation.split(",")[1].split("->")[0]) - self._output_axes()
+        inputs = self.num_inputs
         init = nn.initializers.lecun_normal(
             in_axis=tuple(range(inputs)), out_axis=tuple(range(inputs, len(self.shape)))
         )
         kernel = self.param("kernel", init, self.shape)
         y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if self.has_variable("lora", "a"):
+            y = y + self._low_rank(x)
         if self.bias_axes:
             bias = self.param("bias", nn.initializers.zeros_init(), self.shape[-self.bias_axes :])
             y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
         return y
 
-    def _output_axes(self) -> int:
+    @property
+    def num_inputs(self) -> int:
+        """How many leading axes of the kernel are summed over."""
         operands, result = self.equation.split("->")
-        return sum(axis in result for axis in operands.split(",")[1])
+        return sum(axis not in result for axis in operands.split(",")[1])
+
+    def _low_rank(self, x: jax.Array) -> jax.Array:
+        operands, result = self.equation.split("->")
+        given, kernel = operands.split(",")
+        inputs, outputs = kernel[: self.num_inputs], kernel[self.num_inputs :]
+        if self.has_variable("lora", "dropout") and self.has_rng("dropout"):
+            keep = 1.0 - jnp.asarray(self.get_variable("lora", "dropout"), jnp.float32)
+            kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+            x = jnp.where(kept, x / keep.astype(x.dtype), jnp.zeros_like(x))
+        a: jax.Array = self.get_variable("lora", "a").astype(x.dtype)
+        b: jax.Array = self.get_variable("lora", "b").astype(x.dtype)
+        inner = given.translate(str.maketrans("", "", inputs)) + "r"
+        return jnp.einsum(f"{inner},r{outputs}->{result}", jnp.einsum(f"{given},{inputs}r->{inner}", x, a), b)
 
 
 class RMSNorm(nn.Module):
@@ -114,3 +136,32 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = (a[:, :, None, :] for a in angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a scanned layer keeps for its backward pass: everything, the products with weights, or only its input."""
+
+
+def scanned(block: type[nn.Module], length: int, remat: str = "none", in_axes: Any = 0) -> Callable[..., nn.Module]:
+    """``length`` blocks with stacked parameters, sown intermediates and low-rank updates.
+
+    Args:
+        block: of signature ``(x, *inputs) -> (x, outputs)``.
+        length: how many.
+        remat: a name in ``REMAT_POLICIES``.
+        in_axes: of the inputs, as in ``nn.scan``.
+    """
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return nn.scan(
+        block,
+        # Without "intermediates" here the sown heads would vanish silently.
+        variable_axes={"params": 0, "intermediates": 0, "lora": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        length=length,
+    )

@@ -203,4 +203,10 @@ def checkpoint_table(config: LlavaConfig) -> Table:
                 f"mm_vision_tower names: put them, as safetensors, into the same folder as {TOWER_FILE}",
             ),
         ),
+        module_names=(
+            (r"^language_model\.model\.", "model.language_model."),
+            (r"^language_model\.lm_head", "lm_head"),
+            (r"^vision_tower\.vision_model\.", "model.vision_tower."),
+            (r"^multi_modal_projector", "model.multi_modal_projector"),
+        ),
     )

@@ -9,6 +9,7 @@ decided on the host; the device only gathers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -107,3 +108,28 @@ def gather_visual(table: jax.Array, batch: Batch) -> jax.Array:
         # Weights are zero at text positions.
         visual = visual + rows * batch.visual_weight[:, :, tap, None].astype(table.dtype)
     return visual
+
+
+def init_params(module: MultimodalModel, key: jax.Array) -> Any:
+    """Fresh parameters; the dummy prompt is as small as the code allows and decides nothing."""
+    batch = Batch(
+        token_ids=jnp.zeros((1, 1), jnp.int32),
+        lengths=jnp.ones((1,), jnp.int32),
+        read_positions=jnp.zeros((1, 1), jnp.int32),
+        **module.dummy_vision(),
+        visual_index=jnp.zeros((1, 1, 1), jnp.int32),
+        visual_weight=jnp.zeros((1, 1, 1), jnp.float32),
+    )
+    return module.init(key, batch)["params"]
+
+
+def rematerialized(module: MultimodalModel, policy: str) -> MultimodalModel:
+    """The same model with layers that keep less for their backward pass.
+
+    Args:
+        module: the model.
+        policy: a name in ``layers.REMAT_POLICIES``.
+    """
+    config = module.config
+    vision, text = replace(config.vision, remat=policy), replace(config.text, remat=policy)
+    return type(module)(replace(config, vision=vision, text=text))

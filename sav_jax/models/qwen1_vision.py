@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from sav_jax.errors import UserError
 from sav_jax.models.attention import attention
-from sav_jax.models.layers import LayerNorm, Projection
+from sav_jax.models.layers import LayerNorm, Projection, scanned
 from sav_jax.models.vit import feed_forward, linear_entries, norm_entries
 from sav_jax.models.weights import Entry
 
@@ -44,6 +44,7 @@ class Qwen1VisionConfig:
     num_queries: int
     hidden_act: str = "gelu"
     layer_norm_eps: float = EPS
+    remat: str = "none"
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Qwen1VisionConfig:
@@ -202,12 +203,7 @@ class Qwen1VisionTower(nn.Module):
         positions = self.param("position_embedding", nn.initializers.normal(0.02), (POSITION_SIDE**2, c.hidden_size))
         x = x + jnp.broadcast_to(resized(positions, side).astype(x.dtype), x.shape)
         x = LayerNorm(EPS, name="pre_layernorm")(x)
-        blocks = nn.scan(
-            VisionBlock,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            length=c.num_layers,
-        )
+        blocks = scanned(VisionBlock, c.num_layers, c.remat, in_axes=())
         x, _ = blocks(c, name="layers")(x)
         x = LayerNorm(EPS, name="post_layernorm")(Resampler(c, name="resampler")(x))
         return Projection("XQC,CE->XQE", (c.out_size, c.out_size), name="proj")(x)

@@ -31,7 +31,7 @@ from sav_jax.errors import UserError
 from sav_jax.models.attention import segment_attention
 from sav_jax.models.batch import Array
 from sav_jax.models.decoder import read_at
-from sav_jax.models.layers import ACTIVATIONS, LayerNorm, Projection, RMSNorm, rotary_angles, rotate
+from sav_jax.models.layers import ACTIVATIONS, LayerNorm, Projection, RMSNorm, rotary_angles, rotate, scanned
 from sav_jax.models.vit import linear_entries, norm_entries
 from sav_jax.models.weights import Entry
 
@@ -50,6 +50,7 @@ class QwenVisionConfig:
         full_layers: with windows, the layers that attend to whole frames nevertheless.
         position_side: side of the table of learned positions (Qwen3-VL).
         deepstack_layers: layers whose outputs go to the decoder as well, first decoder layer first (Qwen3-VL).
+        remat: what a layer keeps for its backward pass, a name in ``layers.REMAT_POLICIES``.
     """
 
     patch_size: int
@@ -67,6 +68,7 @@ class QwenVisionConfig:
     full_layers: tuple[int, ...] = ()
     position_side: int | None = None
     deepstack_layers: tuple[int, ...] = ()
+    remat: str = "none"
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> QwenVisionConfig:
@@ -284,20 +286,16 @@ class QwenVision(nn.Module):
         slots = np.full(c.num_layers, count, np.int32)
         slots[list(c.deepstack_layers)] = np.arange(count, dtype=np.int32)
         layers = Layer(full=np.isin(np.arange(c.num_layers), c.full_layers), slot=slots)
-        blocks = nn.scan(
-            VisionBlock,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.num_layers,
-        )
+        blocks = scanned(VisionBlock, c.num_layers, c.remat, (0, nn.broadcast))
         # The last place takes what no layer of the decoder wants.
         kept = jnp.zeros((count + 1, *x.shape), x.dtype) if count else None
         (x, kept), _ = blocks(c, name="layers")((x, kept), layers, context)
         tokens = PatchMerger(c, name="merger")(x)
         if kept is None:
             return tokens, None
-        mergers = nn.vmap(PatchMerger, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=count)
+        mergers = nn.vmap(
+            PatchMerger, variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True}, axis_size=count
+        )
         return tokens, mergers(c, norm_after=True, name="deepstack_mergers")(kept[:count])
 
 

@@ -147,4 +147,5 @@ def checkpoint_table(config: QwenVLConfig) -> Table:
         renames=to_nested if deepstack else to_bare,
         # Layers behind the last one wanted.
         ignored=(layers_from(re.escape(text) + r"\.layers", c.text.num_layers),),
+        module_names=to_nested,
     )

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from sav_jax.errors import UserError
 from sav_jax.models.attention import attention
-from sav_jax.models.layers import ACTIVATIONS, LayerNorm, Projection
+from sav_jax.models.layers import ACTIVATIONS, LayerNorm, Projection, scanned
 from sav_jax.models.weights import Entry
 
 
@@ -47,6 +47,7 @@ class VisionConfig:
         class_token: a learnt token stands before the patches (CLIP).
         pre_norm: a LayerNorm stands before the first layer (CLIP).
         patch_bias: the patch embedding has a bias (SigLIP).
+        remat: what a layer keeps for its backward pass, a name in ``layers.REMAT_POLICIES``.
     """
 
     image_size: int
@@ -61,6 +62,7 @@ class VisionConfig:
     class_token: bool
     pre_norm: bool
     patch_bias: bool
+    remat: str = "none"
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> VisionConfig:
@@ -142,13 +144,7 @@ class EncoderBlock(nn.Module):
 
 def encoder_layers(config: EncoderConfig, length: int, causal: bool = False) -> nn.Module:
     """``length`` blocks with stacked parameters."""
-    blocks = nn.scan(
-        EncoderBlock,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True},
-        length=length,
-    )
-    return blocks(config, causal)
+    return scanned(EncoderBlock, length, getattr(config, "remat", "none"), in_axes=())(config, causal)
 
 
 class VisionTransformer(nn.Module):

@@ -102,12 +102,20 @@ class Table:
             it.
         parts: ``(pattern, advice)``: when a checkpoint has none of the wanted keys that match (whole), the advice is
             the error, not the list of keys.
+        module_names: ``(pattern, replacement)`` pairs from a canonical name to that of the module in transformers,
+            which adapters are stored by (``models/peft.py``).
     """
 
     entries: tuple[Entry, ...]
     renames: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     parts: tuple[tuple[str, str], ...] = ()
+    module_names: tuple[tuple[str, str], ...] = ()
+
+    def module_name(self, key: str) -> str:
+        for pattern, replacement in self.module_names:
+            key = re.sub(pattern, replacement, key)
+        return key
 
     def canonical(self, key: str) -> str:
         for pattern, replacement in self.renames:
@@ -158,7 +166,7 @@ def read_headers(directory: Path) -> Iterator[StoredTensor]:
             the file.
     """
     for file in weight_files(directory):
-        yield from _file_headers(file)
+        yield from file_headers(file)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -182,7 +190,7 @@ def weight_files(directory: Path) -> list[Path]:
     return files + [file for file in tower if file not in files]
 
 
-def _file_headers(file: Path) -> Iterator[StoredTensor]:
+def file_headers(file: Path) -> Iterator[StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

@@ -17,7 +17,7 @@ from checkpoints_qwen import MAX_TOKENS, MIN_TOKENS
 from families import CASES, FAMILIES, Family, case_example, case_images, run, run_together, together
 
 import sav_jax
-from sav_jax.lmm import _init
+from sav_jax.models.multimodal import init_params
 from sav_jax.models.processor import load_processor
 from sav_jax.models.registry import architecture
 
@@ -82,7 +82,7 @@ def test_images_of_extreme_sizes(qwen: Reference, ours: sav_jax.LMM) -> None:
 
 def test_every_dtype_stays_what_it_is(ours: sav_jax.LMM) -> None:
     """bfloat16 parameters give bfloat16 hidden states (strict promotion would raise on a mixture)."""
-    abstract = jax.eval_shape(lambda: _init(ours.architecture, jax.random.key(0)))
+    abstract = jax.eval_shape(lambda: init_params(ours.architecture.module, jax.random.key(0)))
     abstract = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16), abstract)
     batch = together(ours, [case_example("odd")])
     output, state = jax.eval_shape(

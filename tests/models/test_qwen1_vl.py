@@ -26,9 +26,9 @@ import sav_jax
 from sav_jax.errors import UserError
 from sav_jax.extract import plan_prompts
 from sav_jax.generation import extend, prefill
-from sav_jax.lmm import _init
 from sav_jax.models.batch import Batch
 from sav_jax.models.decoder import log_n_scale, stretched_theta
+from sav_jax.models.multimodal import init_params
 from sav_jax.models.processor import load_processor
 from sav_jax.models.qwen1_vision import bicubic_matrix, sincos_positions
 from sav_jax.models.registry import architecture
@@ -256,7 +256,7 @@ def test_number_of_parameters() -> None:
     table 1).
     """
     arch = architecture(REAL)
-    tree: Any = jax.eval_shape(lambda: _init(arch, jax.random.key(0)))
+    tree: Any = jax.eval_shape(lambda: init_params(arch.module, jax.random.key(0)))
 
     def count(part: Any) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(part))
@@ -418,7 +418,9 @@ def test_bicubic_matrix(before: int, after: int) -> None:
 def test_sincos_positions(ours: sav_jax.LMM) -> None:
     """As the published code fills them when nothing is loaded; a fresh model has them too."""
     np.testing.assert_allclose(sincos_positions(16, 256)[::17], OUTPUTS["sincos"], rtol=0, atol=1e-6)
-    fresh: Any = jax.jit(lambda key: _init(ours.architecture, key)["visual"]["resampler"]["position_embedding"])
+    fresh: Any = jax.jit(
+        lambda key: init_params(ours.architecture.module, key)["visual"]["resampler"]["position_embedding"]
+    )
     np.testing.assert_array_equal(fresh(jax.random.key(0)), sincos_positions(16, 256))
 
 

@@ -22,8 +22,8 @@ import torch
 
 from sav_jax.dual_encoder import FAMILIES as DUAL_FAMILIES
 from sav_jax.dual_encoder import dual_encoder_config, init_params
-from sav_jax.lmm import _init
 from sav_jax.models.dual_encoder import TwoTowers
+from sav_jax.models.multimodal import init_params as init_lmm
 from sav_jax.models.registry import FAMILIES, architecture, read_config
 
 CLIP_336 = {
@@ -227,7 +227,7 @@ def parameters(config: dict[str, Any]) -> int:
         tree = jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
     else:
         arch = architecture(config)
-        tree = jax.eval_shape(lambda: _init(arch, jax.random.key(0)))
+        tree = jax.eval_shape(lambda: init_lmm(arch.module, jax.random.key(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 

@@ -33,6 +33,8 @@ class Settings:
       cache: path of the feature cache, or None.
       clip, siglip: checkpoints of the dual encoders, or None.
       mtv: how multimodal task vectors are made.
+      lora_rank: of low-rank fine-tuning.
+      lora_rates, lora_steps: peak learning rates and numbers of steps that are tried on the support.
     """
 
     shots: int = 20
@@ -45,6 +47,9 @@ class Settings:
     clip: str | None = None
     siglip: str | None = None
     mtv: Recipe = field(default_factory=Recipe)
+    lora_rank: int = 16
+    lora_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    lora_steps: tuple[int, ...] = (100,)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,216 @@
+"""Conversations: what is read, how it is written out, and which tokens are learned, token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import Reference, picture
+
+import sav_jax
+from sav_jax.errors import UserError
+from sav_jax.train.chats import VICUNA_SQ, Chat, Turn, chat_format, lesson, read_chats, with_questions, written
+
+
+def conversation(*turns: tuple[str, str], images: int = 1) -> Chat:
+    pictures = tuple(picture(40, 30, seed) for seed in range(images))
+    return Chat(tuple(Turn(role, text) for role, text in turns), sav_jax.Example("-", pictures))
+
+
+def pieces_of(lmm: sav_jax.LMM, chat: Chat, form: Any) -> tuple[list[int], list[int]]:
+    """Text tokens (images taken out) and targets of the same places."""
+    made = lesson(lmm.processor, chat, form)
+    text = made.prompt.visual_index[:, 0] < 0
+    return made.prompt.token_ids[text].tolist(), made.targets[text].tolist()
+
+
+def expected(lmm: sav_jax.LMM, pieces: list[tuple[str, bool]], bos: bool) -> tuple[list[int], list[int]]:
+    """The same from pieces of text; the tokenizer's tokens are bytes, so that pieces are read as the whole is."""
+    ids = [lmm.processor.tokenizer.bos_token_id] if bos else []
+    targets = [-1] * len(ids)
+    for text, learned in pieces:
+        tokens = [t for t in lmm.processor.encode(text) if t != lmm.config.image_token_id]
+        ids += tokens
+        targets += tokens if learned else [-1] * len(tokens)
+    return ids, targets
+
+
+@pytest.fixture(scope="module")
+def llava(make_reference: Callable[..., Reference]) -> sav_jax.LMM:
+    return sav_jax.load(make_reference("llava").directory)
+
+
+def test_masks_of_the_checkpoints_own_template(lmm: sav_jax.LMM) -> None:
+    chat = conversation(
+        ("user", "What?"), ("assistant", "a cat"), ("vuser", "Why?"), ("assistant", "who knows"), ("user", "And?"),
+        ("assistant", "no"),
+    )  # fmt: skip
+    form = chat_format(lmm.processor, lmm.stop_token_ids)
+    end, after = "<|im_end|>", "\n"
+    pieces = [
+        ("<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("a cat" + end, True),
+        (after + "<|im_start|>vuser\n", False),
+        ("Why?" + end, True),
+        (after + "<|im_start|>assistant\n", False),
+        ("who knows" + end, True),
+        (after + "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("no" + end, True),
+        (after, False),
+    ]
+    assert pieces_of(lmm, chat, form) == expected(lmm, pieces, bos=False)
+
+
+SQ_CASES = {
+    "one question": (
+        [("user", "What?"), ("assistant", "a cat")],
+        [("USER: <image>\nWhat? ASSISTANT:", False), (" a cat</s>", True)],
+    ),
+    "asks the second": (
+        [("user", "What?"), ("assistant", "a cat"), ("vuser", "Why?"), ("assistant", "because")],
+        [
+            ("USER: <image>\nWhat? ASSISTANT:", False),
+            (" a cat</s>", True),
+            ("VUSER: ", False),
+            ("Why?</s>", True),
+            (" ASSISTANT:", False),
+            (" because</s>", True),
+        ],
+    ),
+    "is asked, then asks": (
+        [
+            ("user", "What?"),
+            ("assistant", "a cat"),
+            ("user", "Where?"),
+            ("assistant", "here"),
+            ("vuser", "Why?"),
+            ("assistant", "so"),
+        ],
+        [
+            ("USER: <image>\nWhat? ASSISTANT:", False),
+            (" a cat</s>", True),
+            ("USER: Where? ASSISTANT:", False),
+            (" here</s>", True),
+            ("VUSER: ", False),
+            ("Why?</s>", True),
+            (" ASSISTANT:", False),
+            (" so</s>", True),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SQ_CASES)
+def test_masks_of_sq_llava(llava: sav_jax.LMM, name: str) -> None:
+    """The texts are those of SQ-LLaVA's ``conv_vicuna_v1_sq`` and ``preprocess_v1_sq2``, written out by hand."""
+    turns, pieces = SQ_CASES[name]
+    whole = [(VICUNA_SQ.system, False), *pieces]
+    bos = llava.processor.tokenizer.bos_token is not None
+    assert pieces_of(llava, conversation(*turns), VICUNA_SQ) == expected(llava, whole, bos)
+    assert VICUNA_SQ.system.endswith("do not ask about uncertain details. ")
+
+
+def test_a_training_prompt_begins_as_the_prompt_of_inference(llava: sav_jax.LMM, lmm: sav_jax.LMM) -> None:
+    for model in (llava, lmm):
+        example = sav_jax.Example("What is it?", (picture(37, 53),))
+        asked = model.processor.plan(example.question, example.image_sizes()).token_ids
+        chat = Chat((Turn("user", example.question), Turn("assistant", "a cat")), example)
+        made = lesson(model.processor, chat, chat_format(model.processor, model.stop_token_ids))
+        np.testing.assert_array_equal(made.prompt.token_ids[: len(asked)], asked)
+        assert (made.targets[: len(asked)] == -1).all()
+        assert made.targets[len(asked)] == made.prompt.token_ids[len(asked)]
+        # The last thing learned is to stop.
+        assert made.targets[made.targets >= 0][-1] in model.stop_token_ids
+
+
+def test_questions_are_drawn_anew_but_never_the_first() -> None:
+    chat = conversation(*[(role, f"{role} {i}") for i in range(6) for role in ("user", "assistant")])
+    drawn = [with_questions(chat, 0.5, np.random.default_rng(seed)) for seed in range(200)]
+    asked = np.array([[turn.role == "vuser" for turn in one.turns[::2]] for one in drawn])
+    assert not asked[:, 0].any()
+    # 1,000 draws at one half: three standard deviations are 0.047.
+    assert abs(asked[:, 1:].mean() - 0.5) < 0.05
+    assert all(turn.role == "assistant" for one in drawn for turn in one.turns[1::2])
+    text_only = conversation(*[(t.role, t.text) for t in chat.turns], images=0)
+    assert with_questions(text_only, 1.0, np.random.default_rng(0)) == text_only
+    assert with_questions(chat, 0.0, np.random.default_rng(0)) == chat
+
+
+def said(*texts: str) -> list[dict[str, str]]:
+    """Turns as LLaVA's files have them."""
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def test_images_stand_where_the_rows_put_them(lmm: sav_jax.LMM, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        picture(20, 30).save(tmp_path / name)
+    two = ("<image>\nthis?", "A.", "and <image>?", "B.", "bye")
+    rows = [
+        {"id": 7, "image": "a.png", "conversations": said("Look.\n<image>", "Yes.")},
+        {"image": ["a.png", "b.png"], "conversations": said(*two)},
+        {"conversations": said("Hello", "Hi")},
+    ]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(rows))
+    chats = read_chats(file)
+    assert [chat.media.id for chat in chats] == ["7", "1", "2"]
+    assert [chat.has_image for chat in chats] == [True, True, False]
+    form = chat_format(lmm.processor, lmm.stop_token_ids)
+    texts = [written(chat, form, lmm.processor.image_mark)[0] for chat in chats]
+    assert texts[0].startswith("<|im_start|>user")
+    assert "Look.\n<image><|im_end|>" in texts[0]
+    assert texts[1].index("<image>\nthis?") < texts[1].index("and <image>?")
+    assert texts[1].count("<image>") == 2
+    assert "bye" not in texts[1]
+    assert "<image>" not in texts[2]
+    assert all(len(lesson(lmm.processor, chat, form).targets) for chat in chats)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "question": "What?", "label": "cat"}) + "\n")
+    assert read_chats(tmp_path / "rows.jsonl")[0].turns == (Turn("user", "What?"), Turn("assistant", "cat"))
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"conversations": []}, "must be a list of turns"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]},
+            "turn 1: human and gpt",
+        ),
+        ({"conversations": [{"from": "robot", "value": "a"}]}, "speaker 'robot' is not known"),
+        ({"conversations": [{"from": "human"}]}, "turn 0: must be an object"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "nothing is answered"),
+        ({"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": "b"}]}, "turn 0: says nothing"),
+        (
+            {"image": "no.png", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "does not exist",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]},
+            "1 <image> marks for 0 images",
+        ),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"data\.jsonl:2: ") as caught:
+        read_chats(file)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_cutting_keeps_what_fits(lmm: sav_jax.LMM) -> None:
+    chat = conversation(("user", "What?"), ("assistant", "a cat"), ("user", "Why?"), ("assistant", "so"))
+    form = chat_format(lmm.processor, lmm.stop_token_ids)
+    whole = lesson(lmm.processor, chat, form)
+    first = int(np.flatnonzero(whole.targets >= 0)[0])
+    short = lesson(lmm.processor, chat, form, first + 3)
+    np.testing.assert_array_equal(short.targets, whole.targets[: first + 3])
+    assert len(short.prompt.token_ids) == len(short.prompt.visual_index) == first + 3
+    with pytest.raises(UserError, match=f"nothing is to be learned within {first} tokens"):
+        lesson(lmm.processor, chat, form, first)
