@@ -1,4 +1,5 @@
-"""The LLaVA families: a CLIP or SigLIP tower, a two-layer projector and a decoder.
+"""The LLaVA families: a CLIP or SigLIP tower, a two-layer projector (or SQ-LLaVA's, ``models/projectors.py``) and a
+decoder.
 
 They differ by config and by how an image is shown (``models/anyres.py``):
 
@@ -22,11 +23,12 @@ from einops import rearrange
 from flax import linen as nn
 
 from sav_jax.errors import UserError
-from sav_jax.models import decoder, vit
+from sav_jax.models import decoder, projectors, vit
 from sav_jax.models.batch import Array, Batch
 from sav_jax.models.decoder import DecoderConfig
 from sav_jax.models.layers import ACTIVATIONS, Projection
 from sav_jax.models.multimodal import MultimodalModel
+from sav_jax.models.projectors import PrototypeConfig, PrototypeExtractor
 from sav_jax.models.vit import VisionConfig, VisionTransformer
 from sav_jax.models.weights import TOWER_FILE, Entry, Table, layers_from
 
@@ -42,6 +44,7 @@ class LlavaConfig:
         anyres_for_several: images that share a prompt are cut into tiles like a lone one.
         max_tiles: N of ``anyres_max_N``: images worth more than N tiles of visual tokens are reduced; None: never.
         video_token_id: the placeholder of a video; None in families that read none.
+        prototypes: of SQ-LLaVA's prototype extractor, which is then the projector; None: the plain one.
     """
 
     vision: VisionConfig
@@ -55,6 +58,7 @@ class LlavaConfig:
     anyres_for_several: bool = False
     max_tiles: int | None = None
     video_token_id: int | None = None
+    prototypes: PrototypeConfig | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlavaConfig:
@@ -74,6 +78,9 @@ class LlavaConfig:
             raise UserError(f"vision_feature_layer {layer} does not exist in a tower of {vision.num_layers} layers")
         if config["projector_hidden_act"] not in ACTIVATIONS:
             raise UserError(f"projector_hidden_act {config['projector_hidden_act']!r} is not known")
+        prototypes = config.get("prototype_extractor")
+        if prototypes is not None and not config["multimodal_projector_bias"]:
+            raise UserError("multimodal_projector_bias false: a prototype extractor has biases")
         text = {**config["text_config"], "tie_word_embeddings": config["tie_word_embeddings"]}
         parsed = cls(
             vision=replace(vision, depth=depth),
@@ -87,6 +94,7 @@ class LlavaConfig:
             anyres_for_several=model_type == "llava_next",
             max_tiles=_max_tiles(config["vision_aspect_ratio"]) if model_type == "llava_onevision" else None,
             video_token_id=config["video_token_index"] if model_type == "llava_onevision" else None,
+            prototypes=None if prototypes is None else PrototypeConfig.from_hf(prototypes),
         )
         if parsed.image_grid_pinpoints and parsed.tokens_per_tile != vision.patches_per_side**2:
             raise UserError(
@@ -121,8 +129,14 @@ class Projector(nn.Module):
         return Projection("XnC,CD->XnD", (width, width), bias_axes, name="linear_2")(x)
 
 
+def _projector(config: LlavaConfig) -> nn.Module:
+    if config.prototypes is None:
+        return Projector(config)
+    return PrototypeExtractor(config.prototypes, config.vision.hidden_size, config.text.hidden_size)
+
+
 class Llava(MultimodalModel):
-    """A ViT, a two-layer projector and a decoder; visual tables hold the newline vector (or zeros) and the visual
+    """A ViT, a projector and a decoder; visual tables hold the newline vector (or zeros) and the visual
     tokens of all tiles.
     """
 
@@ -131,7 +145,7 @@ class Llava(MultimodalModel):
     def setup(self) -> None:
         super().setup()
         self.vision_tower = VisionTransformer(self.config.vision)
-        self.multi_modal_projector = Projector(self.config)
+        self.multi_modal_projector = _projector(self.config)
         if self.config.newline:
             width = self.config.text.hidden_size
             self.image_newline = self.param("image_newline", nn.initializers.normal(0.02), (width,))
@@ -166,7 +180,9 @@ def checkpoint_table(config: LlavaConfig) -> Table:
     ]
     if c.newline:
         entries.append(Entry("image_newline", "image_newline", "d -> d"))
-    for name in ("linear_1", "linear_2"):
+    if c.prototypes is not None:
+        entries += projectors.checkpoint_entries(c.prototypes, "multi_modal_projector", "multi_modal_projector")
+    for name in ("linear_1", "linear_2") if c.prototypes is None else ():
         path = f"multi_modal_projector/{name}"
         entries.append(Entry(f"{path}/kernel", f"multi_modal_projector.{name}.weight", "o i -> i o"))
         if c.projector_bias:
@@ -181,6 +197,7 @@ def checkpoint_table(config: LlavaConfig) -> Table:
             (r"^model\.(embed_tokens|layers|norm)\.", r"language_model.model.\1."),
             (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
             (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+            *projectors.released_renames(r"^model\.mm_projector\.", "multi_modal_projector"),
             (r"^vision_tower\.vision_tower\.", "vision_tower."),
             # A tower's own checkpoint, read beside one without.
             (r"^vision_model\.", "vision_tower.vision_model."),
@@ -192,6 +209,8 @@ def checkpoint_table(config: LlavaConfig) -> Table:
             r"vision_tower\.vision_model\.head\..*",
             r"text_model\..*|(text|visual)_projection\.weight|logit_scale|logit_bias",
             layers_from(r"language_model\.model\.layers", c.text.num_layers),
+            # Neither does this norm of SQ-LLaVA's releases.
+            *([projectors.released_ignored(r"model\.mm_projector\.")] if c.prototypes is not None else []),
             # Buffers that older releases stored.
             r"vision_tower\.vision_model\.embeddings\.position_ids",
             r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",

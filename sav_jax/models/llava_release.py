@@ -1,4 +1,5 @@
-"""The ``config.json`` of LLaVA's own releases (github.com/haotian-liu/LLaVA), rewritten to Hugging Face's layout.
+"""The ``config.json`` of LLaVA's own releases (github.com/haotian-liu/LLaVA), and of SQ-LLaVA's which follow them,
+rewritten to Hugging Face's layout.
 
 There the config is the decoder's, with fields ``mm_...`` for everything visual. The sizes of the vision tower are not
 in it, and often its weights are not in the checkpoint either: both are in the repository ``mm_vision_tower`` names.
@@ -13,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from sav_jax.errors import UserError
+from sav_jax.models.projectors import PrototypeConfig
 
 TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14": {"image_size": 224},
     "openai/clip-vit-large-patch14-336": {"image_size": 336},
+    # The same, trained further by ShareGPT4V (arXiv 2311.12793); SQ-LLaVA's published models stand on them.
+    "Lin-Chen/ShareGPT4V-7B_Pretrained_vit-large336-l12": {"image_size": 336},
+    "Lin-Chen/ShareGPT4V-13B_Pretrained_vit-large336-l12": {"image_size": 336},
 }
-"""Vision towers by repository; what both have in common is below."""
+"""Vision towers by repository; what all have in common is below."""
 _LARGE = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
@@ -30,6 +35,11 @@ _LARGE = {
 }
 _DECODERS = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 _FEATURES = {"patch": "default", "cls_patch": "full"}
+# The sizes of SQ-LLaVA's extractor ("cluster") are in its code, not in its config.
+_PROJECTORS: dict[str, dict[str, Any]] = {
+    "mlp2x_gelu": {},
+    "cluster": {"prototype_extractor": PrototypeConfig(256, 2, "released", "quick_gelu").to_hf()},
+}
 
 
 def is_release(config: Mapping[str, Any]) -> bool:
@@ -49,7 +59,7 @@ def as_hugging_face(config: Mapping[str, Any], directory: Path) -> dict[str, Any
     """
     file = directory / "config.json"
     _require(file, config, "model_type", tuple(_DECODERS))
-    _require(file, config, "mm_projector_type", ("mlp2x_gelu",))
+    _require(file, config, "mm_projector_type", tuple(_PROJECTORS))
     _require(file, config, "mm_use_im_start_end", (False,), default=False)
     _require(file, config, "mm_vision_select_feature", tuple(_FEATURES), default="patch")
     visual = ("mm_", "image_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "architectures", "model_type")
@@ -63,6 +73,7 @@ def as_hugging_face(config: Mapping[str, Any], directory: Path) -> dict[str, Any
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": _FEATURES[config.get("mm_vision_select_feature", "patch")],
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        **_PROJECTORS[config["mm_projector_type"]],
     }
     if config.get("image_aspect_ratio") == "anyres":
         _require(file, config, "mm_patch_merge_type", ("spatial_unpad",))

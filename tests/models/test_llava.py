@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from checkpoints import Reference, picture
 from checkpoints_llava import PINPOINTS, PIXELS, TILE, VISION
+from checkpoints_sq_llava import released_state
 from families import case_example, run_together
 from safetensors.numpy import load_file, save_file
 
 import sav_jax
+from sav_jax.models.projectors import prototype_extractor_from_torch
 from sav_jax.models.registry import read_config
 from sav_jax.models.weights import save_checkpoint
 
@@ -214,12 +216,32 @@ def test_a_release_with_its_vision_tower_and_tiles(make_reference: Callable[...,
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_a_release_of_sq_llava(llava: Reference, ours: sav_jax.LMM, tmp_path: Path) -> None:
+    """Merged weights, as SQ-LLaVA's code saves them: its extractor under its names, its sizes in no config."""
+    directory = tmp_path / "release"
+    tower = {f"model.vision_tower.{key}": value for key, value in release(llava, directory).items()}
+    config = json.loads((directory / "config.json").read_text())
+    theirs = {"model_type": "llava", "mm_projector_type": "cluster", "num_latents": 64}
+    (directory / "config.json").write_text(json.dumps(config | theirs))
+    text = load_file(directory / "model.safetensors")
+    state = {key: value.numpy() for key, value in released_state(24, 40).items()}
+    projector = {f"model.mm_projector.{key}": value for key, value in state.items()}
+    write(directory, {k: v for k, v in text.items() if "mm_projector" not in k} | tower | projector)
+    lmm = sav_jax.load(directory)
+    module, params = prototype_extractor_from_torch(state)
+    assert (module.prototypes.num_prototypes, module.prototypes.num_iterations) == (256, 2)
+    assert lmm.config.prototypes == module.prototypes
+    assert (lmm.config.vision.depth, lmm.config.skipped_tokens) == (ours.config.vision.num_layers - 1, 1)
+    jax.tree.map(np.testing.assert_array_equal, lmm.params["multi_modal_projector"], params)
+    jax.tree.map(np.testing.assert_array_equal, lmm.params["vision_tower"], ours.params["vision_tower"])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         (
             {"mm_projector_type": "mlp3x_gelu"},
-            "mm_projector_type 'mlp3x_gelu' is not supported \\(known: mlp2x_gelu\\)",
+            "mm_projector_type 'mlp3x_gelu' is not supported \\(known: mlp2x_gelu, cluster\\)",
         ),
         ({"mm_projector_type": None}, "mm_projector_type None"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end True"),
