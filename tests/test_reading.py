@@ -57,6 +57,14 @@ def test_one_pass_gives_heads_likelihoods_and_the_answer(lmm: sav_jax.LMM, passe
     assert list(readings.generations) == written
 
 
+def test_prompts_that_repeat_copy_nothing_else() -> None:
+    values = np.arange(12.0).reshape(6, 2)
+    keys = ["a", "b", "a", "c", "b", "a"]
+    filled = extract.repeated(values, keys, {"a": 0, "b": 1, "c": 3})
+    assert filled is values
+    assert filled.tolist() == [[0, 1], [2, 3], [0, 1], [6, 7], [2, 3], [0, 1]]
+
+
 def test_parts_can_be_left_out(lmm: sav_jax.LMM) -> None:
     everything = read(lmm, EXAMPLES[:2], OPTIONS, 6, progress=False)
     scored = read(lmm, EXAMPLES[:2], OPTIONS, progress=False)

@@ -145,7 +145,7 @@ def pair(a: Mapping[int, Answered], b: Mapping[int, Answered], metric: Metric = 
 
 
 def paired_p(a: Mapping[int, Answered], b: Mapping[int, Answered], metric: Metric = ACCURACY) -> float | None:
-    """The p-value of :func:`pair` alone; None if the seeds or the items are not the same, or the metric does not apply."""
+    """The p-value of :func:`pair` alone; None if seeds or items are not the same, or the metric does not apply."""
     if a.keys() != b.keys():
         return None
     try:
@@ -181,9 +181,7 @@ def _in_order(
 def _units(
     a: Mapping[int, Answered], b: Mapping[int, Answered], metric: Metric
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[Sequence[str]]] | None:
-    """For each seed: the units' values under A and B, float [U] twice, and their clusters; None if the metric is no mean
-    over units.
-    """
+    """For each seed: the units' values under A and B, float [U] twice, and their clusters; None if it is no mean."""
     if metric is ACCURACY:  # as it was counted
         right = ([of[seed].right.astype(np.float64) for seed in a] for of in (a, b))
         clusters: list[Sequence[str]] = [[query.cluster for query in of_seed.queries] for of_seed in a.values()]

@@ -195,7 +195,8 @@ def test_a_resample_is_computed_as_its_queries_are(name: str, classes: int) -> N
     draws[0, 0] = 12  # of one class only
     found = METRICS[name].resampled(answers, draws)
     expected = [METRICS[name].compute(answers.take(np.repeat(np.arange(12), row))) for row in draws]
-    np.testing.assert_allclose(found, [np.nan if e is None else e for e in expected], rtol=0, atol=CLOSE)
+    numbers = np.array([np.nan if e is None else e for e in expected], np.float64)
+    np.testing.assert_allclose(found, numbers, rtol=0, atol=CLOSE)
     assert np.isnan(found[0]) == (name == "auroc")
 
 

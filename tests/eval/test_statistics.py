@@ -131,7 +131,7 @@ def test_all_right_is_no_certainty() -> None:
 
 
 def test_clusters_that_agree_are_no_certainty() -> None:
-    """Balanced pairs that are half right each: the exact bound on how many pairs may be otherwise, none of 20 being so."""
+    """Balanced pairs that are half right each: the exact bound on the share of others, none of 20 being one."""
     right, pairs = np.tile([1.0, 0.0], 20), [str(i // 2) for i in range(40)]
     interval = cluster_interval([right], [pairs])
     others = scipy.stats.binomtest(0, 20).proportion_ci(0.95, "exact").high
@@ -244,7 +244,7 @@ def test_resampling_a_number_gives_what_resampling_a_mean_does() -> None:
 
     mean, other = paired_bootstrap(a, b, clusters), paired_resampling(difference, clusters, seed=1)
     assert other.interval.mean == pytest.approx(mean.interval.mean, rel=1e-12)
-    # The spread of 10,000 resamples: 1 / sqrt(20,000) = 0.7 %, four times that, and 1 / (2 x 40) between the estimators.
+    # The spread of 10,000 resamples: 1 / sqrt(20,000) = 0.7 %, four times that; 1 / (2 x 40) between estimators.
     assert other.interval.stderr == pytest.approx(mean.interval.stderr, rel=0.028 + 0.0125)
     # Quantiles of 10,000 resamples, 2.67 / 100 standard errors each: sqrt(2) times that, four times.
     for one, two in ((mean.interval.low, other.interval.low), (mean.interval.high, other.interval.high)):
