@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import Reference, picture
 
 import sav_jax
-from sav_jax import extract, reading
+from sav_jax import extract
 from sav_jax.examples import Example
 from sav_jax.reading import read
 
@@ -29,20 +28,6 @@ EXAMPLES = [
 # The same sums in another program and other company: rounding of float32 values of order one; of log-probabilities of
 # order ten, up to seven of them summed.
 HEADS, SCORES = 1e-5, 1e-4
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Prompts of every batch that is run."""
-    rows: list[int] = []
-    original = extract.run_batches
-
-    def spy(lmm: Any, step: Any, plans: Any, *rest: Any, **options: Any) -> Any:
-        rows.extend(len(plan.rows) for plan in plans)
-        return original(lmm, step, plans, *rest, **options)
-
-    monkeypatch.setattr(reading, "run_batches", spy)
-    return rows
 
 
 def test_one_pass_gives_heads_likelihoods_and_the_answer(lmm: sav_jax.LMM, passes: list[int]) -> None:

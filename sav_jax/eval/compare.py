@@ -20,6 +20,7 @@ from sav_jax.errors import UserError
 from sav_jax.eval.metrics import COMMON, Metric, Units
 from sav_jax.eval.statistics import Interval, holm, mcnemar, paired_bootstrap, paired_resampling, sign_flip_test
 from sav_jax.eval.stored import Answered, Results, Stored
+from sav_jax.eval.tables import aligned
 
 LEVEL, ALPHA = 0.95, 0.05  # of intervals, of verdicts
 MCNEMAR, SIGN_FLIPS, BOOTSTRAP = "McNemar", "sign flips", "bootstrap"
@@ -424,7 +425,7 @@ def table(compared: Compared) -> str:
                 else [f"A: {compared.a}", f"B: {compared.b}"]
             ),
             "",
-            _aligned_table([*head, "verdict"], rows, text),
+            aligned([*head, "verdict"], rows, text),
             "",
             "A, B: accuracy (acc), or the task's own metric, in %; B - A: in percentage points, with its interval by "
             "paired bootstrap of queries or their groups. p: "
@@ -438,21 +439,6 @@ def table(compared: Compared) -> str:
 def p_value(p: float) -> str:
     """To two digits, tiny ones as a bound."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-
-def _aligned_table(head: Sequence[str], rows: Sequence[Sequence[str]], text: set[int]) -> str:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * width if i in text else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i in text else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in (head, rule, *rows)
-    )
 
 
 def compare_json(compared: Compared) -> bytes:

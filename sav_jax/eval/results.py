@@ -20,6 +20,7 @@ from sav_jax.eval.methods.base import Method, Outcome
 from sav_jax.eval.metrics import COMMON, Answers, Metric, Units
 from sav_jax.eval.statistics import Interval, cluster_interval, resampled_interval
 from sav_jax.eval.sweeps import Sweep
+from sav_jax.eval.tables import aligned
 from sav_jax.eval.tasks.base import Split, Task
 
 _PACKAGES = ("sav-jax", "jax", "flax", "transformers", "numpy", "pillow", "scikit-learn", "scipy")
@@ -251,21 +252,6 @@ def table(summaries: Sequence[Summary]) -> str:
 def _asked(summary: Summary) -> tuple[str, ...]:
     """What tells the queries of one number of shots from those of another."""
     return tuple(name for run in summary.runs for name in run.names)
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: set[int]) -> str:
-    """A Markdown table with columns of equal width, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * w if i in text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(w) if i in text_columns else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in (head, rule, *rows)
-    )
 
 
 def chosen_heads(run: Run) -> str:
