@@ -19,6 +19,7 @@ from PIL import Image
 
 from sav_jax.batching import next_size
 from sav_jax.errors import UserError
+from sav_jax.examples import Example
 from sav_jax.lmm import find_model, floating_dtype, weights_digest
 from sav_jax.models.dual_encoder import DualEncoderConfig, TwoTowers, checkpoint_table
 from sav_jax.models.processor import NamedImageProcessor, image_settings, load_part
@@ -68,17 +69,32 @@ class DualEncoder:
         """What is added to the scaled cosines: 0 for CLIP."""
         return float(self.params["logit_bias"][0]) if self.config.sigmoid else 0.0
 
-    def embed_images(self, images: Sequence[Image.Image], batch_size: int = 32) -> np.ndarray:
-        """Images, prepared as the checkpoint says -> float32 ``[X, E]``, rows of length one."""
+    def embed_images(self, images: Sequence[Image.Image | str | Path], batch_size: int = 32) -> np.ndarray:
+        """Images or their paths, prepared as the checkpoint says -> float32 ``[X, E]``, rows of length one.
 
-        def prepare(chunk: Sequence[Image.Image]) -> tuple[np.ndarray]:
-            views = self.image_processor(list(chunk), return_tensors=None)["pixel_values"]
+        Files are decoded upright, a batch at a time.
+
+        Raises:
+            UserError: a file is missing or no picture, or it is one image instead of several.
+        """
+        if isinstance(images, str | Path | Image.Image):
+            raise UserError("images must be a list of pictures or paths, not a single one")
+
+        def prepare(chunk: Sequence[Image.Image | str | Path]) -> tuple[np.ndarray]:
+            opened = [image if isinstance(image, Image.Image) else _read_image(Path(image)) for image in chunk]
+            views = self.image_processor(opened, return_tensors=None)["pixel_values"]
             return (np.ascontiguousarray(np.stack(views).transpose(0, 2, 3, 1), np.float32),)
 
         return self._embed(_image_step(self.module), prepare, images, batch_size)
 
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
-        """Texts, cut to the length the model was trained with -> float32 ``[Y, E]``, rows of length one."""
+        """Texts, cut to the length the model was trained with -> float32 ``[Y, E]``, rows of length one.
+
+        Raises:
+            UserError: it is one string instead of several.
+        """
+        if isinstance(texts, str):
+            raise UserError(f"texts must be a list of strings, not the one string {texts!r}")
         text = self.config.text
 
         def prepare(chunk: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +131,10 @@ class DualEncoder:
             arrays = [np.concatenate([x, np.repeat(x[:1], padding, axis=0)]) for x in prepare(chunk)]
             out[start : start + len(chunk)] = step(self.params, *put_batch(arrays, self.mesh))[: len(chunk)]
         return out
+
+
+def _read_image(path: Path) -> Image.Image:
+    return Example("?", (path,), source=str(path)).load_images()[0]
 
 
 @functools.lru_cache(maxsize=32)

@@ -177,12 +177,19 @@ class Example:
                 elif isinstance(image, EncodedImage):
                     digests.append(hashlib.sha256(image.read_bytes()).hexdigest())
                 else:
-                    rgb = _upright(image).convert("RGB")  # what load_images gives: no palette or EXIF detail counts
-                    header = f"RGB {rgb.width}x{rgb.height}:".encode()
-                    digests.append(hashlib.sha256(header + rgb.tobytes()).hexdigest())
+                    # What load_images gives: no palette or EXIF detail counts.
+                    digests.append(_pixel_digest(_upright(image).convert("RGB")))
             except _DECODE_ERRORS as error:
                 raise self._unreadable(image, error) from error
         return digests
+
+    def pixel_digests(self) -> list[str]:
+        """Return each image's SHA-256 in hexadecimal, of its upright RGB pixels: the same however it was stored.
+
+        Raises:
+          UserError: as :meth:`load_images`.
+        """
+        return [_pixel_digest(image) for image in self.load_images()]
 
     def video_shapes(self) -> list[VideoShape]:
         """Return size, length and sampled frames of each video, without decoding more than its first frame.
@@ -424,6 +431,10 @@ def _media_name(paths: list[Path]) -> str:
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.ImageOps.exif_transpose(image)
+
+
+def _pixel_digest(rgb: PIL.Image.Image) -> str:
+    return hashlib.sha256(f"RGB {rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
 
 
 def _open(image: Path | EncodedImage) -> PIL.Image.Image:

@@ -10,7 +10,7 @@ import hashlib
 import operator
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def extract_heads(
     # them in the same company as the first one did, and so to the same bits.
     plans = plan_batches([prompts[row] for row in rows], batch_size, data_size(lmm.mesh))
     plans = [plan for plan in plans if absent.intersection(plan.rows)]
-    heads = np.zeros((len(rows), *lmm.heads_shape), np.float32)
+    heads = np.zeros((len(keys), *lmm.heads_shape), np.float32)
     step = heads_step(lmm.module, lmm.architecture.heads_path)
     unique = [examples[row] for row in rows]
     for plan, values in run_batches(
@@ -81,14 +81,30 @@ def extract_heads(
         check_finite(values, [unique[i] for i in plan.rows])
         new = [i for i, row in enumerate(plan.rows) if row in absent]
         index = [plan.rows[i] for i in new]
-        heads[index] = values[new]
+        heads[[rows[i] for i in index]] = values[new]
         if store is not None:
             store.write([keys[rows[i]] for i in index], values[new])
     if store is not None:
         present = [i for i in range(len(rows)) if i not in absent]
-        store.read_into(heads, present, [keys[rows[i]] for i in present])
-    place = {keys[row]: i for i, row in enumerate(rows)}
-    return heads[[place[key] for key in keys]] if len(rows) < len(keys) else heads
+        store.read_into(heads, [rows[i] for i in present], [keys[rows[i]] for i in present])
+    return repeated(heads, keys, first)
+
+
+def repeated(values: np.ndarray, keys: Sequence[str], first: Mapping[str, int]) -> np.ndarray:
+    """Fill in the rows of prompts that were seen before, in place; nothing else is copied.
+
+    Args:
+        values: ``[E, ...]``, of which the rows where a key stands first are there.
+        keys: E keys.
+        first: where each key stands first.
+
+    Returns:
+        ``values``.
+    """
+    again = [row for row, key in enumerate(keys) if first[key] != row]
+    if again:
+        values[again] = values[[first[keys[row]] for row in again]]
+    return values
 
 
 def next_token_logits(lmm: LMM, examples: Sequence[Example], batch_size: int = 8, progress: bool = True) -> np.ndarray:
@@ -182,6 +198,9 @@ def run_batches(
 
     Yields:
         Each plan, in order, with the step's result for its real rows: arrays of the same structure, on the host.
+
+    Raises:
+        UserError: an image or video cannot be read; after the batches before have been yielded.
     """
 
     def host_batch(plan: BatchPlan) -> Batch:
@@ -198,21 +217,30 @@ def run_batches(
         mininterval=0.5,
     )
     pool = ThreadPoolExecutor(1)
+    unreadable: UserError | None = None
     try:
         upcoming = iter(plans)
         prepared = deque((plan, pool.submit(host_batch, plan)) for _, plan in zip(range(2), upcoming, strict=False))
         running: deque[tuple[BatchPlan, Any]] = deque()
         while prepared or running:
             if prepared:
-                plan, batch = prepared.popleft()
-                running.append((plan, step(lmm.params, put_batch(batch.result(), lmm.mesh), *further(plan))))
-                if (following := next(upcoming, None)) is not None:
-                    prepared.append((following, pool.submit(host_batch, following)))
-            if len(running) > 1 or not prepared:
+                plan, future = prepared.popleft()
+                try:
+                    batch = future.result()
+                except UserError as error:
+                    unreadable = error
+                    prepared.clear()
+                else:
+                    running.append((plan, step(lmm.params, put_batch(batch, lmm.mesh), *further(plan))))
+                    if (following := next(upcoming, None)) is not None:
+                        prepared.append((following, pool.submit(host_batch, following)))
+            if len(running) > 1 or (running and not prepared):
                 plan, result = running.popleft()
                 rows = len(plan.rows)
                 yield plan, jax.tree.map(lambda x, rows=rows: np.asarray(x)[:rows], result)
                 bar.update(rows)
+        if unreadable is not None:
+            raise unreadable
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)

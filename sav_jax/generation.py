@@ -165,6 +165,9 @@ def generate(
     Raises:
         UserError: an image cannot be read, or an option is out of range.
     """
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("seed", seed)):
+        if value is not None and not isinstance(value, int | np.integer):
+            raise UserError(f"{name} must be a whole number, not {value!r}")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
@@ -337,8 +340,10 @@ def option_table(lmm: LMM, options: Sequence[str]) -> tuple[np.ndarray, np.ndarr
     """Tokens of C candidate answers, int32 ``[C, W]``, right-padded, and their numbers, int32 ``[C]``.
 
     Raises:
-        UserError: an option has no tokens, or two have the same.
+        UserError: an option has no tokens, or two have the same, or it is one string instead of several.
     """
+    if isinstance(options, str):
+        raise UserError(f"options must be a list of strings, not the one string {options!r}")
     tokens = [tuple(lmm.processor.encode(option)) for option in options]
     for option, ids in zip(options, tokens, strict=True):
         if not ids or tokens.count(ids) > 1:

@@ -22,7 +22,7 @@ from einops import rearrange
 
 from sav_jax.batching import plan_batches
 from sav_jax.examples import Example
-from sav_jax.extract import check_finite, content_key, heads_step, plan_prompts, run_batches
+from sav_jax.extract import check_finite, content_key, heads_step, plan_prompts, repeated, run_batches
 from sav_jax.generation import (
     Generation,
     continue_from,
@@ -110,9 +110,9 @@ def read(
         wanted["answers"] = [hashlib.sha256(f"{keys[row]} {asked.hexdigest()}".encode()).hexdigest() for row in rows]
     stores = {name: HeadStore.open(f"{cache.rstrip('/')}/{name}") for name in wanted} if cache else {}
     width = 1 + len(options) + max_new_tokens
-    found = {"heads": np.zeros((len(rows), *lmm.heads_shape), np.float32)} if keep_heads else {}
+    found = {"heads": np.zeros((len(keys), *lmm.heads_shape), np.float32)} if keep_heads else {}
     if answering:
-        found["answers"] = np.zeros((len(rows), 1, 1, width), np.float32)
+        found["answers"] = np.zeros((len(keys), 1, 1, width), np.float32)
 
     absent = range(len(rows)) if not stores else _absent(stores, wanted)
     unique, planned = [examples[rows[i]] for i in absent], [prompts[rows[i]] for i in absent]
@@ -136,18 +136,16 @@ def read(
         check_finite(parts["heads"], [unique[row] for row in plan.rows])
         index = [absent[row] for row in plan.rows]
         for name in found:
-            found[name][index] = parts[name]
+            found[name][[rows[i] for i in index]] = parts[name]
             if stores:
                 stores[name].write([wanted[name][i] for i in index], parts[name])
     present = sorted(set(range(len(rows))).difference(absent))
     for name, store in stores.items():
-        store.read_into(found[name], present, [wanted[name][i] for i in present])
+        store.read_into(found[name], [rows[i] for i in present], [wanted[name][i] for i in present])
 
-    place = {keys[row]: i for i, row in enumerate(rows)}
-    order = [place[key] for key in keys]
-    heads = found.get("heads", np.zeros((len(rows), 0, *lmm.heads_shape[1:]), np.float32))
-    heads = heads if len(rows) == len(keys) else heads[order]
-    answers = found["answers"][order, 0, 0] if answering else np.zeros((len(keys), width), np.float32)
+    found = {name: repeated(values, keys, first) for name, values in found.items()}
+    heads = found.get("heads", np.zeros((len(keys), 0, *lmm.heads_shape[1:]), np.float32))
+    answers = found["answers"][:, 0, 0] if answering else np.zeros((len(keys), width), np.float32)
     generations = tuple(_generation(lmm, row[0], row[1 + len(options) :]) for row in answers)
     return Readings(tuple(keys), heads, answers[:, 1 : 1 + len(options)], generations, len(absent))
 

@@ -140,7 +140,6 @@ def _features(arguments: Arguments, array: np.ndarray) -> tuple[Features, list[f
     from sav_jax.eval.tasks.base import Data, Item, Split, Task
     from sav_jax.examples import Example
     from sav_jax.lmm import LMM
-    from sav_jax.models.intervention import HeadEdit
     from sav_jax.reading import Readings
 
     clock: list[float] = []
@@ -163,16 +162,7 @@ def _features(arguments: Arguments, array: np.ndarray) -> tuple[Features, list[f
         def lmm(self) -> LMM:
             return None  # type: ignore[return-value]
 
-        def read(
-            self,
-            lmm: LMM,
-            examples: Sequence[Example],
-            options: Sequence[str] = (),
-            max_new_tokens: int = 0,
-            *,
-            keep_heads: bool = True,
-            edit: HeadEdit | None = None,
-        ) -> Readings:
+        def read(self, lmm: LMM, examples: Sequence[Example], *_: Any, **__: Any) -> Readings:
             none = np.zeros((len(examples), 0), np.float32)
             return Readings(("",) * len(examples), array[: len(examples)], none, (), 0)
 

@@ -6,9 +6,13 @@ as strict.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if "jax" in sys.modules:
@@ -22,6 +26,15 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     MPLBACKEND="agg",
 )
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # What one test has compiled serves the others: those of other workers and the commands that tests start, too, which
+    # find the folder in their environment. It lives as long as the run: every run compiles what it tests.
+    compiled = tempfile.mkdtemp(prefix="sav_jax_compiled_")
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
+    os.environ.update(
+        JAX_COMPILATION_CACHE_DIR=compiled,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1",  # less is not worth a file
+    )
 
 import pytest
 from hypothesis import settings
@@ -51,6 +64,36 @@ def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Re
 def reference(make_reference: Callable[..., Reference]) -> Reference:
     """The checkpoint most tests share."""
     return make_reference()
+
+
+@pytest.fixture
+def model(reference: Reference) -> str:
+    """Its folder, for command lines."""
+    return str(reference.directory)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command runs from a folder outside the repository, with a feature cache of its own."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("SAV_JAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompts of every batch that is read (``sav_jax.reading``)."""
+    from sav_jax import extract, reading
+
+    rows: list[int] = []
+    original = extract.run_batches
+
+    def spy(lmm: Any, step: Any, plans: Any, *rest: Any, **options: Any) -> Any:
+        rows.extend(len(plan.rows) for plan in plans)
+        return original(lmm, step, plans, *rest, **options)
+
+    monkeypatch.setattr(reading, "run_batches", spy)
+    return rows
 
 
 @pytest.fixture(scope="session")

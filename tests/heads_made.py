@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
+from eval_made import no_model
 
 from sav_jax.eval.features import Features, Reader, Universe
 from sav_jax.eval.methods import Settings
 from sav_jax.eval.tasks.base import Data, Item, Split, Task
 from sav_jax.examples import Example
 from sav_jax.lmm import LMM
-from sav_jax.models.intervention import HeadEdit
 from sav_jax.reading import Readings
 
 NAMES = ("ant", "bee", "cow", "dog")
@@ -44,23 +44,10 @@ class TextReader(Reader):
     def lmm(self) -> LMM:
         return None  # type: ignore[return-value]
 
-    def read(
-        self,
-        lmm: LMM,
-        examples: Sequence[Example],
-        options: Sequence[str] = (),
-        max_new_tokens: int = 0,
-        *,
-        keep_heads: bool = True,
-        edit: HeadEdit | None = None,
-    ) -> Readings:
+    def read(self, lmm: LMM, examples: Sequence[Example], *_: Any, **__: Any) -> Readings:
         self.asked += [example.question for example in examples]
         heads = np.stack([self.table[example.question] for example in examples])
         return Readings(tuple(self.asked), heads, np.zeros((len(heads), 0), np.float32), (), 0)
-
-
-def no_model() -> NoReturn:
-    raise AssertionError("the model is not needed here")
 
 
 def drawn(

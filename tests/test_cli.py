@@ -24,17 +24,7 @@ from sav_jax.headstore import read_head_array
 SIZES = {"bright": (30, 34), "dark": (28, 30)}
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command runs from a folder outside the repository, with a feature cache of its own."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setenv("SAV_JAX_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def model(reference: Reference) -> str:
-    return str(reference.directory)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture

@@ -14,17 +14,7 @@ from videos import write_video
 from sav_jax.cli import main
 from sav_jax.headstore import read_head_array
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setenv("SAV_JAX_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def model(reference: Reference) -> str:
-    return str(reference.directory)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture

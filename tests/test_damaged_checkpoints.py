@@ -27,6 +27,15 @@ def _edit(file: Path, **changes: Any) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "template": (lambda d: (d / "chat_template.jinja").write_text("{% for x in"), "chat template"),
+    "empty template": (
+        lambda d: (d / "chat_template.jinja").write_text("\n"),
+        "chat_template.jinja: the chat template is empty",
+    ),
+    "image token that never comes": (
+        lambda d: _edit(d / "config.json", image_token_id=7),
+        "prompt has 0 image tokens for 1 images: the chat template leaves images out, or writes something else than "
+        "'(' (token 7, which config.json names for images)",
+    ),
     "template that refuses": (
         lambda d: (d / "chat_template.jinja").write_text("{{ raise_exception('no') }}"),
         "the chat template refuses the prompt: no",

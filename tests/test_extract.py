@@ -21,7 +21,8 @@ import sav_jax
 from sav_jax import extract
 from sav_jax.batching import plan_batches, round_rows, round_tokens
 from sav_jax.examples import Example
-from sav_jax.extract import extract_heads, plan_prompts
+from sav_jax.extract import content_key, extract_heads, plan_prompts
+from sav_jax.headstore import HeadStore
 
 SIZES = [(30, 30), (40, 90), (30, 30), (61, 75), (20, 20), (95, 31)]
 
@@ -117,6 +118,24 @@ def test_corrupt_image_names_the_row(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     example = Example("What?", (tmp_path / "cut.png",), source="rows.jsonl:7")
     with pytest.raises(sav_jax.UserError, match=r"rows\.jsonl:7.*cut\.png"):
         extract_heads(lmm, [example], progress=False)
+
+
+def test_what_came_before_a_corrupt_image_is_kept(lmm: sav_jax.LMM, tmp_path: Path) -> None:
+    """Its header is whole, so that it shows only when its batch is prepared."""
+    files = [tmp_path / f"{i}.png" for i in range(5)]
+    for i, file in enumerate(files):
+        picture(60, 60, seed=i).save(file)
+    whole = files[3].read_bytes()
+    files[3].write_bytes(whole[: len(whole) // 2])
+    examples = [Example("What?", (file,), source=f"rows.jsonl:{i}") for i, file in enumerate(files)]
+    store = HeadStore.open(tmp_path / "heads")
+    with pytest.raises(sav_jax.UserError, match=r"rows\.jsonl:3.*3\.png"):
+        extract_heads(lmm, examples, batch_size=1, cache=store, progress=False)
+    keys = [content_key(lmm, *of) for of in zip(plan_prompts(lmm, examples), examples, strict=True)]
+    assert store.missing(keys) == [3, 4]
+    files[3].write_bytes(whole)
+    heads = extract_heads(lmm, examples, batch_size=1, cache=store, progress=False)
+    np.testing.assert_array_equal(heads, extract_heads(lmm, examples, batch_size=1, progress=False))
 
 
 def test_no_examples(lmm: sav_jax.LMM) -> None:

@@ -211,6 +211,8 @@ def test_score_options_sums_token_log_probabilities(reference: Reference, lmm: s
 def test_bad_options(lmm: sav_jax.LMM, options: list[str]) -> None:
     with pytest.raises(sav_jax.UserError, match=r"given twice|empty"):
         sav_jax.score_options(lmm, EXAMPLES[:1], options, progress=False)
+    with pytest.raises(sav_jax.UserError, match="must be a list of strings, not the one string 'ab'"):
+        sav_jax.score_options(lmm, EXAMPLES[:1], "ab", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -218,4 +220,11 @@ def test_bad_options(lmm: sav_jax.LMM, options: list[str]) -> None:
 )
 def test_bad_generation_options(lmm: sav_jax.LMM, bad: dict[str, Any]) -> None:
     with pytest.raises(sav_jax.UserError):
+        sav_jax.generate(lmm, EXAMPLES[:1], **bad)
+
+
+@pytest.mark.parametrize("bad", [{"max_new_tokens": 2.5}, {"top_k": 1.5}, {"seed": "x"}])
+def test_numbers_must_be_whole(lmm: sav_jax.LMM, bad: dict[str, Any]) -> None:
+    (name,) = bad
+    with pytest.raises(sav_jax.UserError, match=f"{name} must be a whole number, not "):
         sav_jax.generate(lmm, EXAMPLES[:1], **bad)

@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import Reference, picture
 
 import sav_jax
-from sav_jax import extract, reading
+from sav_jax import extract
 from sav_jax.examples import Example
 from sav_jax.reading import read
 
@@ -31,20 +30,6 @@ EXAMPLES = [
 HEADS, SCORES = 1e-5, 1e-4
 
 
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Prompts of every batch that is run."""
-    rows: list[int] = []
-    original = extract.run_batches
-
-    def spy(lmm: Any, step: Any, plans: Any, *rest: Any, **options: Any) -> Any:
-        rows.extend(len(plan.rows) for plan in plans)
-        return original(lmm, step, plans, *rest, **options)
-
-    monkeypatch.setattr(reading, "run_batches", spy)
-    return rows
-
-
 def test_one_pass_gives_heads_likelihoods_and_the_answer(lmm: sav_jax.LMM, passes: list[int]) -> None:
     readings = read(lmm, EXAMPLES, OPTIONS, 6, batch_size=2, progress=False)
     assert sum(passes) == readings.passes == 3
@@ -55,6 +40,14 @@ def test_one_pass_gives_heads_likelihoods_and_the_answer(lmm: sav_jax.LMM, passe
     np.testing.assert_allclose(readings.scores, scores, rtol=0, atol=SCORES)
     written = sav_jax.generate(lmm, EXAMPLES, max_new_tokens=6, batch_size=2, progress=False)
     assert list(readings.generations) == written
+
+
+def test_prompts_that_repeat_copy_nothing_else() -> None:
+    values = np.arange(12.0).reshape(6, 2)
+    keys = ["a", "b", "a", "c", "b", "a"]
+    filled = extract.repeated(values, keys, {"a": 0, "b": 1, "c": 3})
+    assert filled is values
+    assert filled.tolist() == [[0, 1], [2, 3], [0, 1], [6, 7], [2, 3], [0, 1]]
 
 
 def test_parts_can_be_left_out(lmm: sav_jax.LMM) -> None:

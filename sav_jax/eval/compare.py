@@ -1,7 +1,8 @@
 """Which method, or which model, is better: paired tests on identical items.
 
 Two accuracies on the same queries are compared query by query, which sees differences that two intervals side by side
-do not. What is compared is accuracy, which every answer has.
+do not. What is compared is accuracy, which every answer has, and the task's own metric where that is another: group by
+group where it is a mean over groups, else (AUROC, F1) by computing it anew on resampled queries.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from sav_jax.errors import UserError
-from sav_jax.eval.statistics import Interval, holm, mcnemar, paired_bootstrap, sign_flip_test
+from sav_jax.eval.metrics import COMMON, Metric, Units
+from sav_jax.eval.statistics import Interval, holm, mcnemar, paired_bootstrap, paired_resampling, sign_flip_test
 from sav_jax.eval.stored import Answered, Results, Stored
+from sav_jax.eval.tables import aligned
 
 LEVEL, ALPHA = 0.95, 0.05  # of intervals, of verdicts
-MCNEMAR, SIGN_FLIPS = "McNemar", "sign flips"
+MCNEMAR, SIGN_FLIPS, BOOTSTRAP = "McNemar", "sign flips", "bootstrap"
+ACCURACY = next(metric for metric in COMMON if metric.name == "acc")
 
 
 @dataclass(frozen=True)
@@ -28,25 +32,31 @@ class Paired:
     """A paired test.
 
     Attributes:
-      mean_a, mean_b: accuracies, means over the seeds.
+      mean_a, mean_b: the metric, means over the seeds.
       difference: B minus A, and its interval by the paired cluster bootstrap.
-      only_a, only_b: answers (query and seed) that A alone, that B alone got right.
+      only_a, only_b: answers (units of the metric, of all seeds) that are better under A, under B; for accuracy those
+        that only one got right. None of a metric that is no mean.
       items: distinct queries.
-      test: where the p-value comes from: McNemar's exact test for one seed of independent queries; for several seeds
-        or groups of queries its generalisation, which flips the signs of whole clusters' differences.
+      test: where the p-value comes from. Of a mean of 0/1 values: McNemar's exact test for one seed of independent
+        units; for several seeds, groups of units or other values its generalisation, which flips the signs of whole
+        clusters' differences. Of a metric that is no mean: the bootstrap.
       p: two-sided, of no difference.
       p_bootstrap: the same by the paired cluster bootstrap, which cannot resolve less than 2 / 10,001.
+      metric: name of what is compared.
+      higher_is_better: of the metric.
     """
 
     mean_a: float
     mean_b: float
     difference: Interval
-    only_a: int
-    only_b: int
+    only_a: int | None
+    only_b: int | None
     items: int
     test: str
     p: float
     p_bootstrap: float
+    metric: str = "acc"
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,62 +92,116 @@ class Compared:
     notes: tuple[str, ...]
 
 
-def pair(a: Mapping[int, Answered], b: Mapping[int, Answered]) -> Paired:
+def pair(a: Mapping[int, Answered], b: Mapping[int, Answered], metric: Metric = ACCURACY) -> Paired:
     """Test B against A on the same items.
 
     Args:
       a, b: seed -> answers, the same seeds and, for each seed, the same queries in any order.
+      metric: what is compared.
 
     Raises:
-      ValueError: if the items are not the same.
+      ValueError: if the items are not the same, or the metric does not apply to the answers.
     """
-    right_a, right_b, clusters = _pairs(a, b)
-    counted = [mcnemar(*rights) for rights in zip(right_a, right_b, strict=True)]
-    result = paired_bootstrap(right_a, right_b, clusters, level=LEVEL)
-    test, p = _test(right_a, right_b, clusters)
+    a, b = _in_order(a, b)
+    units = _units(a, b, metric)
+    if units is None:
+        pairs = [(a[seed].answers, b[seed].answers) for seed in a]
+
+        def numbers(seed: int, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            one, other = (metric.resampled(answers, draws) for answers in pairs[seed])
+            return one, other
+
+        whole = [numbers(seed, np.ones((1, len(one.items)), int)) for seed, (one, _) in enumerate(pairs)]
+        mean_a, mean_b = (float(value) for value in np.mean(whole, axis=0)[:, 0])
+        if np.isnan([mean_a, mean_b]).any():
+            raise ValueError(f"{metric.name} does not apply")
+
+        def difference(seed: int, draws: np.ndarray) -> np.ndarray:
+            of_a, of_b = numbers(seed, draws)
+            return of_b - of_a
+
+        result = paired_resampling(difference, [one.clusters for one, _ in pairs], level=LEVEL)
+        only_a, only_b, test, p = None, None, BOOTSTRAP, result.p
+    else:
+        of_a, of_b, clusters = units
+        mean_a, mean_b = (float(np.mean([values.mean() for values in of])) for of in (of_a, of_b))
+        sign = 1 if metric.higher_is_better else -1
+        better = [np.sign(sign * (two - one)) for one, two in zip(of_a, of_b, strict=True)]
+        only_a, only_b = (sum(int((of_seed == side).sum()) for of_seed in better) for side in (-1, 1))
+        result = paired_bootstrap(of_a, of_b, clusters, level=LEVEL)
+        test, p = _test(of_a, of_b, clusters)
     return Paired(
-        mean_a=float(np.mean([right.mean() for right in right_a])),
-        mean_b=float(np.mean([right.mean() for right in right_b])),
+        mean_a=mean_a,
+        mean_b=mean_b,
         difference=result.interval,
-        only_a=sum(seed.only_a for seed in counted),
-        only_b=sum(seed.only_b for seed in counted),
+        only_a=only_a,
+        only_b=only_b,
         items=len({query.digest for answered in a.values() for query in answered.queries}),
         test=test,
         p=p,
         p_bootstrap=result.p,
+        metric=metric.name,
+        higher_is_better=metric.higher_is_better,
     )
 
 
-def paired_p(a: Mapping[int, Answered], b: Mapping[int, Answered]) -> float | None:
-    """The p-value of :func:`pair` alone; None if the seeds or the items are not the same."""
+def paired_p(a: Mapping[int, Answered], b: Mapping[int, Answered], metric: Metric = ACCURACY) -> float | None:
+    """The p-value of :func:`pair` alone; None if seeds or items are not the same, or the metric does not apply."""
     if a.keys() != b.keys():
         return None
     try:
-        return _test(*_pairs(a, b))[1]
+        a, b = _in_order(a, b)
+        units = _units(a, b, metric)
+        return pair(a, b, metric).p if units is None else _test(*units)[1]
     except ValueError:
         return None
 
 
-def _pairs(
+def task_metric(results: Results, task: str) -> Metric | None:
+    """The metric that a task is judged by; None if this version does not know it."""
+    from sav_jax.eval.tasks import TASKS
+
+    name = results.tasks[task].get("metric")
+    own = TASKS[task].metrics if task in TASKS else ()
+    return next((metric for metric in (*COMMON, *own) if metric.name == name), None)
+
+
+def _in_order(
     a: Mapping[int, Answered], b: Mapping[int, Answered]
-) -> tuple[list[np.ndarray], list[np.ndarray], list[list[str]]]:
-    """For each seed: whether A and B are right, bool [Q] twice, and the queries' clusters."""
-    right_a, right_b, clusters = [], [], []
+) -> tuple[Mapping[int, Answered], Mapping[int, Answered]]:
+    """B's answers in the order of A's queries."""
+    ordered = {}
     for seed in a:
         places = _aligned(a[seed], b[seed])
         if places is None:
             raise ValueError(f"seed {seed}: the items are not the same")
-        right_a.append(a[seed].right)
-        right_b.append(b[seed].right[places])
-        clusters.append([query.cluster for query in a[seed].queries])
-    return right_a, right_b, clusters
+        ordered[seed] = b[seed] if (places == np.arange(len(places))).all() else b[seed].take(places)
+    return a, ordered
 
 
-def _test(right_a: list[np.ndarray], right_b: list[np.ndarray], clusters: list[list[str]]) -> tuple[str, float]:
-    # Queries of one group, and one query under several seeds, are no independent tosses of McNemar's coin.
-    if len(clusters) == 1 and len(set(clusters[0])) == len(clusters[0]):
-        return MCNEMAR, mcnemar(right_a[0], right_b[0]).p
-    return SIGN_FLIPS, sign_flip_test(right_a, right_b, clusters)
+def _units(
+    a: Mapping[int, Answered], b: Mapping[int, Answered], metric: Metric
+) -> tuple[list[np.ndarray], list[np.ndarray], list[Sequence[str]]] | None:
+    """For each seed: the units' values under A and B, float [U] twice, and their clusters; None if it is no mean."""
+    if metric is ACCURACY:  # as it was counted
+        right = ([of[seed].right.astype(np.float64) for seed in a] for of in (a, b))
+        clusters: list[Sequence[str]] = [[query.cluster for query in of_seed.queries] for of_seed in a.values()]
+        return *right, clusters  # type: ignore[return-value]
+    found = [[metric.compute(of[seed].answers) for seed in a] for of in (a, b)]
+    if any(value is None for of in found for value in of):
+        raise ValueError(f"{metric.name} does not apply")
+    units = [[value for value in of if isinstance(value, Units)] for of in found]
+    if not units[0]:
+        return None
+    return [u.values for u in units[0]], [u.values for u in units[1]], [u.clusters for u in units[0]]
+
+
+def _test(a: Sequence[np.ndarray], b: Sequence[np.ndarray], clusters: Sequence[Sequence[str]]) -> tuple[str, float]:
+    # Units of one group, and one query under several seeds, are no independent tosses of McNemar's coin.
+    alone = len(clusters) == 1 and len(set(clusters[0])) == len(clusters[0])
+    if alone and all(np.isin(values, (0, 1)).all() for values in (a[0], b[0])):
+        return MCNEMAR, mcnemar(a[0], b[0]).p
+    return SIGN_FLIPS, sign_flip_test(a, b, clusters)
 
 
 def _aligned(a: Answered, b: Answered) -> np.ndarray | None:
@@ -154,7 +218,8 @@ def _aligned(a: Answered, b: Answered) -> np.ndarray | None:
 
 
 def compare(a: Results, b: Results | None, *, baseline: str | None = None, methods: Sequence[str] = ()) -> Compared:
-    """Compare all methods of one folder with a baseline method, or the methods of two folders with each other.
+    """Compare all methods of one folder with a baseline method, or the methods of two folders with each other, in
+    accuracy and, where a task is judged by another metric, in that.
 
     Args:
       a: the first folder.
@@ -186,8 +251,19 @@ def compare(a: Results, b: Results | None, *, baseline: str | None = None, metho
     for run_b in other.runs:
         if (methods and run_b.method not in methods) or (b is None and run_b.method == baseline):
             continue
-        if (answers := _matched(a, other, run_b, baseline or run_b.method, notes)) is not None:
-            found.append((run_b, pair(*answers), tuple(answers[0])))
+        if (answers := _matched(a, other, run_b, baseline or run_b.method, notes)) is None:
+            continue
+        found.append((run_b, pair(*answers), tuple(answers[0])))
+        metric = task_metric(other, run_b.task)
+        name = other.tasks[run_b.task].get("metric", "acc")
+        if name == ACCURACY.name:
+            continue
+        try:
+            if metric is None:
+                raise ValueError(f"{name} is not known")
+            found.append((run_b, pair(*answers, metric), tuple(answers[0])))
+        except ValueError:
+            notes.append(_Note(f"{name} cannot be compared, accuracy alone is", _title(run_b), run_b.method))
     if baseline is None:
         there_too = {(run.task, run.shots, run.method) for run in other.runs}
         notes += [
@@ -217,11 +293,11 @@ def compare(a: Results, b: Results | None, *, baseline: str | None = None, metho
 
 def verdict(paired: Paired, p_corrected: float, a: str, b: str) -> str:
     """What a comparison says, in plain words."""
-    if not paired.only_a + paired.only_b:
+    if paired.only_a == paired.only_b == 0:
         return "the same answers are right"
     if p_corrected >= ALPHA or paired.difference.mean == 0:
         return "no clear difference"
-    better, worse = (b, a) if paired.difference.mean > 0 else (a, b)
+    better, worse = (b, a) if (paired.difference.mean > 0) == paired.higher_is_better else (a, b)
     return f"{better} is better than {worse}"
 
 
@@ -312,7 +388,7 @@ def _mismatch(a: Results, b: Results, run: Stored, seed: int, of_a: Answered, of
 def table(compared: Compared) -> str:
     """The comparisons as Markdown that also reads as plain text."""
     sides = ["method"] if compared.baseline is None else ["method A", "method B"]
-    head = ["task", "shots", *sides, "acc A", "acc B", "B - A", "95 % interval", "p", "p (Holm)", "items", "seeds"]
+    head = ["task", "shots", *sides, "metric", "A", "B", "B - A", "95 % interval", "p", "p (Holm)", "items", "seeds"]
     rows = []
     for row in compared.rows:
         paired = row.paired
@@ -322,6 +398,7 @@ def table(compared: Compared) -> str:
                 row.task,
                 str(row.shots),
                 *[row.method_a, row.method_b][-len(sides) :],
+                paired.metric,
                 f"{100 * paired.mean_a:.1f}",
                 f"{100 * paired.mean_b:.1f}",
                 f"{100 * paired.difference.mean:+.1f}",
@@ -333,10 +410,11 @@ def table(compared: Compared) -> str:
                 row.verdict,
             ]
         )
-    text = {0, *range(2, 2 + len(sides)), len(head)}
+    text = {0, *range(2, 3 + len(sides)), len(head)}
     tests = {
         MCNEMAR: "McNemar's exact test",
         SIGN_FLIPS: "paired randomisation test (signs of whole queries or groups flipped, jointly over seeds)",
+        BOOTSTRAP: "paired bootstrap, which resolves no less than 0.0002, where a metric is no mean",
     }
     used = [told for name, told in tests.items() if any(row.paired.test == name for row in compared.rows)]
     return "\n".join(
@@ -347,9 +425,10 @@ def table(compared: Compared) -> str:
                 else [f"A: {compared.a}", f"B: {compared.b}"]
             ),
             "",
-            _aligned_table([*head, "verdict"], rows, text),
+            aligned([*head, "verdict"], rows, text),
             "",
-            "acc: accuracy in %; B - A: in percentage points, with its interval by paired bootstrap of queries. p: "
+            "A, B: accuracy (acc), or the task's own metric, in %; B - A: in percentage points, with its interval by "
+            "paired bootstrap of queries or their groups. p: "
             f"{' or '.join(used)}, two-sided; p (Holm): corrected for {len(rows)} comparison{'s' * (len(rows) > 1)}. "
             f"'Better' means p (Holm) below {ALPHA}.",
             *(f"note: {note}" for note in compared.notes),
@@ -362,23 +441,8 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
-def _aligned_table(head: Sequence[str], rows: Sequence[Sequence[str]], text: set[int]) -> str:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * width if i in text else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i in text else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in (head, rule, *rows)
-    )
-
-
 def compare_json(compared: Compared) -> bytes:
-    """The comparisons for programs; accuracies and differences are shares, not percent."""
+    """The comparisons for programs; metrics and differences are shares, not percent."""
     rows: list[dict[str, Any]] = []
     for row in compared.rows:
         content = dataclasses.asdict(row)
@@ -393,7 +457,6 @@ def compare_json(compared: Compared) -> bytes:
         "a": compared.a,
         "b": compared.b,
         "baseline": compared.baseline,
-        "metric": "acc",
         "level": LEVEL,
         "comparisons": rows,
         "notes": compared.notes,

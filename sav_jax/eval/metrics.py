@@ -6,7 +6,7 @@ Axes: Q queries, C classes, U units.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,12 +93,32 @@ class Metric:
       compute: gives the units whose mean it is, or the number itself where it is no mean (F1, AUROC); None where it
         does not apply (no probabilities, only one class present).
       higher_is_better: for comparisons.
+      weighted: of a metric that is no mean: the same on R resamples at once, from how often each query was drawn, float
+        [R, Q] -> float [R], NaN where it is not defined; None if ``compute`` has to be called for each.
     """
 
     name: str
     description: str
     compute: Callable[[Answers], Units | float | None]
     higher_is_better: bool = True
+    weighted: Callable[[Answers, np.ndarray], np.ndarray] | None = None
+
+    def resampled(self, answers: Answers, draws: np.ndarray) -> np.ndarray:
+        """The number on R resamples of the queries, of a metric that is no mean.
+
+        Args:
+          answers: to Q queries.
+          draws: int [R, Q], how often each query was drawn.
+
+        Returns:
+          float [R]; NaN where the metric does not apply.
+        """
+        if self.weighted is not None:
+            return self.weighted(answers, draws.astype(np.float64))
+        found = (
+            self.compute(answers.take(np.repeat(np.arange(len(row)), row))) if row.any() else None for row in draws
+        )
+        return np.array([value if isinstance(value, float) else np.nan for value in found])
 
 
 # What all tasks have
@@ -131,16 +151,48 @@ def _macro_f1(answers: Answers) -> float:
     return float((2 * hits / sizes).mean())
 
 
+def _weighted_macro_f1(answers: Answers, weights: np.ndarray) -> np.ndarray:
+    classes = np.arange(len(answers.labels))
+    truth, said = (column[:, None] == classes for column in (answers.targets, answers.predicted))  # [Q, C]
+    hits = weights @ (truth & said)
+    sizes = weights @ (truth.astype(np.float64) + said)
+    scores = np.divide(2 * hits, sizes, out=np.zeros_like(hits), where=sizes > 0)
+    present = (sizes > 0).sum(axis=1)
+    return np.where(present, scores.sum(axis=1) / np.maximum(present, 1), np.nan)
+
+
 def _auroc(answers: Answers) -> float | None:
     if answers.probabilities is None:
         return None
     targets, areas = answers.targets, []
-    # The two classes of a binary task mirror each other.
-    for column in range(len(answers.labels)) if len(answers.labels) > 2 else [1]:
+    for column in _curves(answers):
         area = area_under_roc(answers.probabilities[:, column], targets == column)
         if area is not None:
             areas.append(area)
     return float(np.mean(areas)) if areas else None
+
+
+def _curves(answers: Answers) -> Sequence[int]:
+    """Classes with a curve of their own: the two of a binary task mirror each other."""
+    return range(len(answers.labels)) if len(answers.labels) > 2 else [1]
+
+
+def _weighted_auroc(answers: Answers, weights: np.ndarray) -> np.ndarray:
+    total, defined = np.zeros(len(weights)), np.zeros(len(weights))
+    if answers.probabilities is None:
+        return np.full(len(weights), np.nan)
+    for column in _curves(answers):
+        scores, positive = answers.probabilities[:, column], answers.targets == column
+        order = np.argsort(scores, kind="stable")
+        starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # of runs of equal scores
+        drawn, positive = weights[:, order], positive[order]
+        ups = np.add.reduceat(drawn * positive, starts, axis=1)
+        downs = np.add.reduceat(drawn * ~positive, starts, axis=1)
+        below = np.cumsum(downs, axis=1) - downs / 2  # negatives with lower scores, and half of those with equal ones
+        pairs = ups.sum(axis=1) * downs.sum(axis=1)
+        total += np.divide((ups * below).sum(axis=1), pairs, out=np.zeros(len(weights)), where=pairs > 0)
+        defined += pairs > 0
+    return np.where(defined > 0, total / np.maximum(defined, 1), np.nan)
 
 
 def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float | None:
@@ -221,8 +273,13 @@ COMMON: tuple[Metric, ...] = (
         "accuracy when the method may only choose among the classes that the question offers",
         _offered_accuracy,
     ),
-    Metric("macro_f1", "mean over the classes of F1 = 2 TP / (2 TP + FP + FN)", _macro_f1),
-    Metric("auroc", "area under the ROC curve; with more than two classes the mean of one-vs-rest", _auroc),
+    Metric("macro_f1", "mean over the classes of F1 = 2 TP / (2 TP + FP + FN)", _macro_f1, weighted=_weighted_macro_f1),
+    Metric(
+        "auroc",
+        "area under the ROC curve; with more than two classes the mean of one-vs-rest",
+        _auroc,
+        weighted=_weighted_auroc,
+    ),
     Metric(
         "ece",
         "expected calibration error: mean gap between confidence and accuracy over 15 equal bins (Guo et al. 2017)",

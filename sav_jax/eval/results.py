@@ -20,6 +20,7 @@ from sav_jax.eval.methods.base import Method, Outcome
 from sav_jax.eval.metrics import COMMON, Answers, Metric, Units
 from sav_jax.eval.statistics import Interval, cluster_interval, resampled_interval
 from sav_jax.eval.sweeps import Sweep
+from sav_jax.eval.tables import aligned
 from sav_jax.eval.tasks.base import Split, Task
 
 _PACKAGES = ("sav-jax", "jax", "flax", "transformers", "numpy", "pillow", "scikit-learn", "scipy")
@@ -204,19 +205,38 @@ def _subsets(task: Task, answers: Sequence[Answers]) -> dict[str, dict[str, floa
 
 
 def table(summaries: Sequence[Summary]) -> str:
-    """A Markdown table, aligned so that it also reads as plain text."""
+    """A Markdown table, aligned so that it also reads as plain text.
+
+    A method that sees no labelled examples has one row for all numbers of shots, unless they leave it other queries.
+    """
     several = any(len(summary.runs) > 1 for summary in summaries)
     head = ["task", "method", "shots", "metric", "value", "stderr", "95 % interval"]
     head += ["sd of seeds"] * several + ["queries"]
-    rows = []
+    rows: list[list[str]] = []
+    free: dict[tuple[str, str], dict[tuple[str, ...], None]] = {}  # queries of methods without support
+    for summary in summaries:
+        if not summary.method.uses_support:
+            asked = free.setdefault((summary.task.name, summary.method.name), {})
+            asked[_asked(summary)] = None
+    told: set[tuple[str, str, tuple[str, ...]]] = set()
+    note = ""
     for summary in summaries:
         name = summary.primary
         estimate = summary.metrics[name]
+        shots = str(summary.shots)
+        if not summary.method.uses_support:
+            row = (summary.task.name, summary.method.name, _asked(summary))
+            if row in told:
+                continue
+            told.add(row)
+            shots = "0" if len(free[row[:2]]) == 1 else f"0 ({summary.shots})"
+            if len(free[row[:2]]) > 1:
+                note = f"0 ({summary.shots}): no labelled example seen, queries as {summary.shots} per class leave them"
         rows.append(
             [
                 summary.task.name,
                 summary.method.name,
-                str(summary.shots if summary.method.uses_support else 0),
+                shots,
                 name,
                 f"{estimate.mean:.4f}",
                 "" if estimate.stderr is None else f"{estimate.stderr:.4f}",
@@ -225,22 +245,13 @@ def table(summaries: Sequence[Summary]) -> str:
                 str(len(summary.runs[0].split.queries)),
             ]
         )
-    return aligned(head, rows, {0, 1, 3})
+    text = aligned(head, rows, {0, 1, 3})
+    return f"{text}\n\n{note}" if note else text
 
 
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: set[int]) -> str:
-    """A Markdown table with columns of equal width, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    rule = ["-" * w if i in text_columns else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(w) if i in text_columns else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in (head, rule, *rows)
-    )
+def _asked(summary: Summary) -> tuple[str, ...]:
+    """What tells the queries of one number of shots from those of another."""
+    return tuple(name for run in summary.runs for name in run.names)
 
 
 def chosen_heads(run: Run) -> str:

@@ -81,8 +81,12 @@ def cluster_interval(
     The standard error is the analytic clustered one (the sandwich estimator, with C / (C - 1)): free of simulation
     noise, and for one seed and clusters of one unit exactly the sample standard deviation / sqrt(U) that lmms-eval
     reports. The interval is the percentile bootstrap's over clusters, which stays within a bounded metric's bounds.
-    Where every unit of a 0/1 metric has the same value no resample differs, and the interval is the exact binomial one
-    of Clopper and Pearson for C trials.
+
+    Where all C clusters agree (every answer right, or each balanced pair half right) no resample differs, and the
+    bootstrap's interval would have no width. That of a 0/1 metric is then the exact one of Clopper and Pearson for the
+    share q of clusters that differ from those seen, of which there were none: from (1 - q) mean to (1 - q) mean + q,
+    which for a mean of 0 or 1 is the exact binomial interval. Other metrics, whose bounds are not known, have none. The
+    standard error stays 0.
 
     Args:
       values: for each seed, the units' values, float [U].
@@ -100,12 +104,12 @@ def cluster_interval(
     if total < 2:
         return Interval(float(mean), _NAN, _NAN, _NAN)
     stderr = _analytic(sums, counts)
-    flat = np.concatenate([np.asarray(of_seed, float) for of_seed in values])
-    if flat[0] in (0.0, 1.0) and bool(np.all(flat == flat[0])):
-        low, high = _all_alike(total, level)
-        return Interval(float(mean), stderr, *((low, 1.0) if flat[0] == 1 else (0.0, high)))
     draws = np.concatenate([_ratio(*drawn) for drawn in _resampled(sums, counts, resamples, seed)])
-    return Interval(float(mean), stderr, *_percentiles(draws, level))
+    if _same(draws):
+        ends = _all_alike(float(mean), 0.0, total, level) if _binary(values) else (_NAN, _NAN)
+    else:
+        ends = _percentiles(draws, level)
+    return Interval(float(mean), stderr, *ends)
 
 
 def resampled_interval(
@@ -133,8 +137,8 @@ def resampled_interval(
 
     Returns:
       The estimate on all units, the resamples' standard deviation as the standard error, and the interval. Without
-      standard error and interval if there are fewer than two clusters or the number is undefined in more than half of
-      the resamples.
+      standard error and interval if there are fewer than two clusters, the number is undefined in more than half of
+      the resamples, or no resample differs (classes that are told apart without an error): they then say nothing.
     """
     names = range(count) if clusters is None else clusters
     _, cluster = np.unique(np.asarray(names), return_inverse=True)
@@ -155,7 +159,7 @@ def resampled_interval(
     rng = np.random.default_rng(seed)
     draws = np.array([averaged(np.bincount(rng.integers(0, total, total), minlength=total)) for _ in range(resamples)])
     draws = draws[~np.isnan(draws)]
-    if 2 * len(draws) < resamples:
+    if 2 * len(draws) < resamples or _same(draws):
         return Interval(mean, _NAN, _NAN, _NAN)
     return Interval(mean, float(draws.std(ddof=1)), *_percentiles(draws, level))
 
@@ -188,7 +192,8 @@ def paired_bootstrap(
 
     The p-value is the interval's own: twice the share of resamples on the other side of zero (a resample at zero counts
     on both sides), with one added to either count so that it is never zero (Davison and Hinkley, 1997, section 4.2).
-    With a handful of clusters it is too small: see :func:`sign_flip_test`.
+    With a handful of clusters it is too small: see :func:`sign_flip_test`. Where no cluster's difference differs from
+    the others', the interval of 0/1 values is that of :func:`cluster_interval`, with differences from -1 to 1.
 
     Args:
       a, b: for each seed, the units' values under A and B, float [U], in the same order.
@@ -202,9 +207,56 @@ def paired_bootstrap(
     if len(sums) < 2:
         return Difference(Interval(mean, _NAN, _NAN, _NAN), 1.0)
     draws = np.concatenate([_ratio(*drawn) for drawn in _resampled(sums, counts, resamples, seed)])
-    other_side = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
-    p = min(1.0, 2 * (1 + other_side) / (1 + resamples))
-    return Difference(Interval(mean, _analytic(sums, counts), *_percentiles(draws, level)), p)
+    if _same(draws):
+        ends = _all_alike(mean, -1.0, len(sums), level) if _binary([*a, *b]) else (_NAN, _NAN)
+    else:
+        ends = _percentiles(draws, level)
+    return Difference(Interval(mean, _analytic(sums, counts), *ends), _other_side(draws))
+
+
+def paired_resampling(
+    difference: Callable[[int, np.ndarray], np.ndarray],
+    clusters: Sequence[Sequence[str]],
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Difference:
+    """As :func:`paired_bootstrap`, for a number that is no mean over units, such as F1 or AUROC.
+
+    Args:
+      difference: gives (place of a seed, int [R, U] how often each of its units was drawn) -> B minus A, float [R], NaN
+        where that is not defined (AUROC of queries that are all of one class): such resamples count for nothing.
+      clusters: for each seed, the units' cluster names.
+      level, resamples, seed: as there.
+
+    Returns:
+      The difference on all units, the resamples' standard deviation as its standard error, interval and p-value. With
+      fewer than two clusters, or a number that is undefined in more than half of the resamples, p is 1, and standard
+      error and interval are NaN; the latter also where no resample differs.
+    """
+    names, cluster = np.unique(np.concatenate([list(of_seed) for of_seed in clusters]), return_inverse=True)
+    places = np.split(cluster, np.cumsum([len(of_seed) for of_seed in clusters])[:-1])
+    total = len(names)
+
+    def averaged(weights: np.ndarray) -> np.ndarray:
+        return np.mean([difference(which, weights[:, at]) for which, at in enumerate(places)], axis=0)
+
+    mean = float(averaged(np.ones((1, total), int))[0])
+    unknown = Difference(Interval(mean, _NAN, _NAN, _NAN), 1.0)
+    if total < 2:
+        return unknown
+    rng = np.random.default_rng(seed)
+    block = max(1, _BLOCK // max(len(cluster), 1))
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    draws = np.concatenate([averaged(rng.multinomial(total, np.full(total, 1 / total), size)) for size in sizes])
+    draws = draws[~np.isnan(draws)]
+    if 2 * len(draws) < resamples:
+        return unknown
+    p = _other_side(draws)
+    if _same(draws):
+        return Difference(unknown.interval, p)
+    return Difference(Interval(mean, float(draws.std(ddof=1)), *_percentiles(draws, level)), p)
 
 
 def sign_flip_test(
@@ -325,7 +377,25 @@ def _percentiles(draws: np.ndarray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _all_alike(trials: int, level: float) -> tuple[float, float]:
-    """Clopper and Pearson's bounds: the lower one for all of ``trials`` right, the upper one for none right."""
-    bound = float(((1 - level) / 2) ** (1 / trials))
-    return bound, 1 - bound
+def _other_side(draws: np.ndarray) -> float:
+    """Two-sided p-value of resampled differences: see :func:`paired_bootstrap`."""
+    fewer = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return min(1.0, 2 * (1 + fewer) / (1 + len(draws)))
+
+
+def _same(draws: np.ndarray) -> bool:
+    """Whether all resamples agree, but for the last bits of their sums."""
+    return bool(np.ptp(draws) <= 1e-12)
+
+
+def _binary(values: Sequence[np.ndarray]) -> bool:
+    """Whether all units are 0 or 1."""
+    return all(bool(np.isin(of_seed, (0, 1)).all()) for of_seed in values)
+
+
+def _all_alike(mean: float, lowest: float, trials: int, level: float) -> tuple[float, float]:
+    """Ends of the mean of values from ``lowest`` to 1 if all of ``trials`` were ``mean``: at most the share q of others
+    (Clopper and Pearson's bound for none seen) may be anywhere.
+    """
+    q = 1 - ((1 - level) / 2) ** (1 / trials)
+    return float(mean - q * (mean - lowest)), float(mean + q * (1 - mean))

@@ -18,6 +18,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from sav_jax.errors import UserError
+from sav_jax.eval.metrics import Answers
+from sav_jax.eval.tasks.base import Item
+from sav_jax.examples import Example
 
 T = TypeVar("T")
 _KINDS: dict[Any, str] = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
@@ -29,7 +32,7 @@ class Query:
 
     Attributes:
       digest: SHA-256 of question, images and right label ("doc_hash").
-      id, group, subset: of the item; "" for none.
+      id, group, subset, role: of the item; "" for none.
       question, target: as asked, and the right label.
     """
 
@@ -39,6 +42,7 @@ class Query:
     subset: str
     question: str
     target: str
+    role: str = ""
 
     @property
     def cluster(self) -> str:
@@ -55,12 +59,35 @@ class Answered:
       predictions: Q class names; "" for none.
       right: bool [Q].
       probabilities: float [Q, C], None if the method has none.
+      labels: C class names, the order of the columns.
     """
 
     queries: tuple[Query, ...]
     predictions: tuple[str, ...]
     right: np.ndarray
     probabilities: np.ndarray | None
+    labels: tuple[str, ...] = ()
+
+    @cached_property
+    def answers(self) -> Answers:
+        """What metrics are computed from, as far as it is stored: images, offered labels and references are not."""
+        items = tuple(
+            Item(Example("(stored)", label=q.target, id=q.id), group=q.group, role=q.role, subset=q.subset)
+            for q in self.queries
+        )
+        names = tuple(query.digest for query in self.queries)
+        return Answers(items, self.labels, self.predictions, probabilities=self.probabilities, names=names)
+
+    def take(self, index: np.ndarray) -> Answered:
+        """The answers to some queries, int [Q']."""
+        rows = index.tolist()
+        return Answered(
+            tuple(self.queries[row] for row in rows),
+            tuple(self.predictions[row] for row in rows),
+            self.right[index],
+            None if self.probabilities is None else self.probabilities[index],
+            self.labels,
+        )
 
 
 @dataclass(frozen=True)
@@ -241,7 +268,9 @@ class Results:
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         self._check_counts(file, runs, {name: len(of) for name, of in rows.items()})
-        return {name: _gather(of, f"{file}, method {name[0]}, seed {name[1]}") for name, of in rows.items()}
+        return {
+            name: _gather(of, tuple(labels), f"{file}, method {name[0]}, seed {name[1]}") for name, of in rows.items()
+        }
 
     def _check_counts(self, file: Path, runs: list[Stored], counts: dict[tuple[str, int], int]) -> None:
         """A file that was cut short at the end of a row looks whole: the splits say how many rows there must be."""
@@ -285,6 +314,7 @@ def _read_row(line: str, where: str, labels: Mapping[str, int]) -> tuple[str, in
         subset=str(doc.get("subset") or ""),
         question=_field(row, "input", str, where),
         target=_field(row, "target", str, where),
+        role=str(doc.get("role") or ""),
     )
     if query.target not in labels:
         raise UserError(f'{where}: field "target" is {query.target!r}, which is no label of the task')
@@ -304,7 +334,7 @@ def _read_row(line: str, where: str, labels: Mapping[str, int]) -> tuple[str, in
     return method, seed, _Row(query, answers[0], right == 1, vector)
 
 
-def _gather(rows: list[_Row], where: str) -> Answered:
+def _gather(rows: list[_Row], labels: tuple[str, ...], where: str) -> Answered:
     vectors = [row.probabilities for row in rows if row.probabilities is not None]
     if vectors and len(vectors) < len(rows):
         raise UserError(f'{where}: only {len(vectors)} of {len(rows)} rows have the field "probabilities"')
@@ -313,6 +343,7 @@ def _gather(rows: list[_Row], where: str) -> Answered:
         predictions=tuple(row.prediction for row in rows),
         right=np.array([row.right for row in rows]),
         probabilities=np.stack(vectors) if vectors else None,
+        labels=labels,
     )
 
 

@@ -197,10 +197,11 @@ class Processor:
         # In a prompt without videos their token is text like any other.
         is_clip = (ids == self.video_token_id) & bool(videos)
         if is_image.sum() != len(images):
-            raise UserError(
-                f"the prompt has {is_image.sum()} image tokens for {len(images)} images; "
-                f"does its text contain {self.image_token!r}?"
-            )
+            found = f"the prompt has {is_image.sum()} image tokens for {len(images)} images"
+            named = f"{self.image_token!r} (token {self.config.image_token_id}, which config.json names for images)"
+            if is_image.sum() > len(images):
+                raise UserError(f"{found}; does its text contain {named}?")
+            raise UserError(f"{found}: the chat template leaves images out, or writes something else than {named}")
         assert is_clip.sum() == len(clips)  # text() made sure
         stored = [*images, *clips]
         taps = max((plan.index.shape[1] for plan in stored), default=1)
@@ -310,16 +311,22 @@ def _chat_template(directory: Path, tokenizer: Any) -> str:
     """From where processors keep it (a file of its own, by newer and older names) or from the tokenizer."""
     jinja = directory / "chat_template.jinja"
     if jinja.exists():
-        return jinja.read_text()
+        return _not_empty(jinja.read_text(), jinja)
     for file in (directory / "chat_template.json", directory / "processor_config.json"):
         try:
             template = json.loads(file.read_text()).get("chat_template") if file.exists() else None
         except ValueError as error:
             raise UserError(f"{file}: unreadable ({error})") from None
         if isinstance(template, str):
-            return template
+            return _not_empty(template, file)
     if isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
+        return _not_empty(tokenizer.chat_template, directory / "tokenizer_config.json")
     raise UserError(
         f"{directory}: no chat template (chat_template.jinja, chat_template.json or in tokenizer_config.json)"
     )
+
+
+def _not_empty(template: str, file: Path) -> str:
+    if not template.strip():
+        raise UserError(f"{file}: the chat template is empty")
+    return template

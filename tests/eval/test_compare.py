@@ -15,9 +15,11 @@ import scipy.stats
 from results_folders import Made, write_results
 
 from sav_jax.cli import main
-from sav_jax.eval.compare import pair, verdict
+from sav_jax.eval.compare import pair, paired_p, verdict
+from sav_jax.eval.metrics import COMMON
 from sav_jax.eval.statistics import holm
 from sav_jax.eval.stored import Answered, Query, Results
+from sav_jax.eval.tasks import TASKS
 
 METHODS = {"zero-shot": 0.4, "sav": 0.9, "hec": 0.88}
 ONE = Made(METHODS, shots=(5, 10))
@@ -73,7 +75,8 @@ def test_methods_of_one_folder_against_a_baseline(capsys: pytest.CaptureFixture[
         exact.append(scipy.stats.binomtest(row["only_b"], max(1, row["only_a"] + row["only_b"])).pvalue)
         assert row["difference"] == pytest.approx(b.mean() - a.mean(), abs=1e-12)
         assert row["ci"][0] <= row["difference"] <= row["ci"][1]
-        assert told["acc A"] == f"{100 * a.mean():.1f}"
+        assert told["metric"] == row["metric"] == "acc"
+        assert told["A"] == f"{100 * a.mean():.1f}"
         assert (told["items"], told["seeds"]) == (str(len(a)), "1")
     assert [row["p"] for row in written] == pytest.approx(exact, rel=1e-9)
     assert [row["p_corrected"] for row in written] == pytest.approx(holm(exact), rel=1e-9)
@@ -153,6 +156,136 @@ def test_verdicts() -> None:
     assert verdict(pair({0: answered([1, 1])}, {0: answered([0, 1])}), 0.001, "x", "y") == "x is better than y"
     even = pair({0: answered([1, 0])}, {0: answered([0, 1])})
     assert verdict(even, 0.001, "x", "y") == "no clear difference"
+
+
+# Metrics other than accuracy
+
+
+def stored(
+    targets: list[str],
+    predictions: list[str],
+    shares: list[float] | None = None,
+    groups: list[str] | None = None,
+    roles: list[str] | None = None,
+) -> Answered:
+    """Answers to binary queries, with the probability of "Yes"."""
+    count = len(targets)
+    queries = tuple(
+        Query(f"d{i}", f"i{i}", groups[i] if groups else "", "", "?", targets[i], roles[i] if roles else "")
+        for i in range(count)
+    )
+    probabilities = None if shares is None else np.array([[1 - p, p] for p in shares])
+    right = np.array([t == p for t, p in zip(targets, predictions, strict=True)])
+    return Answered(queries, tuple(predictions), right, probabilities, ("No", "Yes"))
+
+
+AUROC = next(metric for metric in COMMON if metric.name == "auroc")
+
+
+def test_areas_by_hand() -> None:
+    targets = ["Yes", "Yes", "No", "No"]
+    a = stored(targets, ["Yes"] * 4, [0.9, 0.4, 0.6, 0.1])  # 3 of 4 pairs in order
+    b = stored(targets, ["Yes"] * 4, [0.9, 0.8, 0.7, 0.6])  # 4 of 4, with the same answers
+    result = pair({0: a}, {0: b}, AUROC)
+    assert (result.mean_a, result.mean_b, result.difference.mean) == (0.75, 1.0, 0.25)
+    assert (result.metric, result.test, result.only_a, result.only_b) == ("auroc", "bootstrap", None, None)
+    assert result.p == result.p_bootstrap
+    # The pair out of order is the only difference: a resample has one if both its queries were drawn and defines the
+    # areas if either class was. With n = 4 draws, P(some of two given) = 15/16 and so on by inclusion and exclusion.
+    some_yes_and_no = 1 - 2 * (1 / 2) ** 4
+    both = 1 - 2 * (3 / 4) ** 4 + (1 / 2) ** 4
+    # Differences are never negative: p is twice the share of zeros, of those of the 10,000 that are defined.
+    zero = 1 - both / some_yes_and_no
+    assert result.p == pytest.approx(min(1, 2 * zero), abs=8 * np.sqrt(zero * (1 - zero) / 8750))
+    assert verdict(result, 0.01, "x", "y") == "y is better than x"
+    turned = pair({0: a}, {0: b.take(np.array([3, 1, 0, 2]))}, AUROC)
+    assert turned == result, "queries are paired, not rows"
+
+
+def test_areas_against_an_independent_bootstrap() -> None:
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    truth = np.arange(120) % 2
+    shares = [np.clip(0.5 + gain * (truth - 0.5) + rng.normal(0, 0.25, 120), 0.01, 0.99) for gain in (0.2, 0.5)]
+    names = [("No", "Yes")[t] for t in truth]
+    groups = [f"g{i // 3}" for i in range(120)]
+    a, b = (stored(names, names, of.tolist(), groups) for of in shares)
+    result = pair({0: a}, {0: b}, AUROC)
+    assert result.mean_a == pytest.approx(roc_auc_score(truth, shares[0]), abs=1e-12)
+    assert result.mean_b == pytest.approx(roc_auc_score(truth, shares[1]), abs=1e-12)
+    draws = []
+    for _ in range(2000):  # whole groups with replacement
+        rows = np.concatenate([np.arange(3 * g, 3 * g + 3) for g in rng.integers(0, 40, 40)])
+        one, two = (roc_auc_score(truth[rows], of[rows]) for of in shares)
+        draws.append(two - one)
+    stderr = float(np.std(draws, ddof=1))
+    # 2,000 resamples: a standard deviation within 1 / sqrt(4,000) = 1.6 %, a 95 % quantile within 2.67 / sqrt(2,000)
+    # = 0.060 standard errors (0.027 with 10,000): four times either.
+    assert result.difference.stderr == pytest.approx(stderr, rel=0.07)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert (result.difference.low, result.difference.high) == pytest.approx((low, high), abs=4 * 0.066 * stderr)
+
+
+def test_groups_by_hand() -> None:
+    """Accuracy and group accuracy of NaturalBench may differ in sign."""
+    (group,) = (metric for metric in TASKS["naturalbench"].metrics if metric.name == "g_acc")
+    roles = ["q0i0", "q0i1", "q1i0", "q1i1"]
+    truth = ["Yes", "No", "No", "Yes"]
+    wrong = {"Yes": "No", "No": "Yes"}
+
+    def said(errors: list[tuple[int, ...]]) -> Answered:
+        """One group for each tuple, which has the places of wrong answers."""
+        answers = [wrong[t] if i in of else t for of in errors for i, t in enumerate(truth)]
+        groups = [f"g{g}" for g, _ in enumerate(errors) for _ in truth]
+        names = [f"{g}/{role}" for g, _ in enumerate(errors) for role in roles]
+        return stored(truth * len(errors), answers, None, groups, names)
+
+    # A: all of ten groups have one error. B: seven groups are right, three wrong throughout.
+    a, b = said([(0,)] * 10), said([()] * 7 + [(0, 1, 2, 3)] * 3)
+    accuracy = pair({0: a}, {0: b})
+    assert (accuracy.mean_a, accuracy.mean_b) == (0.75, 0.7)
+    result = pair({0: a}, {0: b}, group)
+    assert (result.mean_a, result.mean_b, result.only_a, result.only_b) == (0.0, 0.7, 0, 7)
+    assert result.test == "McNemar", "one group is one toss"
+    assert result.p == pytest.approx(2 * 0.5**7, rel=1e-12)
+    # Means of ten draws of which each is one with probability 0.7: binomial quantiles 4 and 9 of 10.
+    assert result.difference.ci == pytest.approx((0.4, 0.9 + 0.1), abs=1e-12)
+    assert paired_p({0: a}, {0: b}, group) == result.p
+
+
+def test_what_a_metric_does_not_apply_to() -> None:
+    bare, sure = stored(["Yes", "No"], ["Yes", "No"]), stored(["Yes", "No"], ["Yes", "No"], [0.9, 0.1])
+    with pytest.raises(ValueError, match="auroc does not apply"):
+        pair({0: sure}, {0: bare}, AUROC)
+    assert paired_p({0: sure}, {0: bare}, AUROC) is None
+
+
+def test_the_task_is_compared_in_its_own_metric_too(capsys: pytest.CaptureFixture[str]) -> None:
+    made = dataclasses.replace(ONE, methods={"zero-shot": 0.4, "sav": 0.9, "hec": 0.6}, shots=(5,))
+    folder = write_results(Path("a"), made)
+    rewrite(folder / "results.json", lambda c: c["sav_jax"]["tasks"]["colours"].update(metric="auroc"))
+    assert run("compare", "a", "--baseline", "sav", "--output", "compare.json") == 0
+    output = capsys.readouterr().out
+    rows = cells(output)
+    assert [(row["method B"], row["metric"]) for row in rows] == [
+        ("zero-shot", "acc"),
+        ("hec", "acc"),
+        ("hec", "auroc"),
+    ]
+    assert "note: zero-shot: auroc cannot be compared, accuracy alone is (colours, 5 shots)" in output
+    assert "paired bootstrap, which resolves no less than 0.0002" in output
+    assert "corrected for 3 comparisons" in output
+    answers = Results(folder).answers("colours")
+    expected = pair({0: answers["sav", 0]}, {0: answers["hec", 0]}, AUROC)
+    assert rows[2]["A"] == f"{100 * expected.mean_a:.1f}"
+    written = json.loads(Path("compare.json").read_text())["comparisons"]
+    assert [row["metric"] for row in written] == ["acc", "acc", "auroc"]
+    assert [row["p_corrected"] for row in written] == pytest.approx(holm([row["p"] for row in written]))
+    # A metric that this version does not know is said to be left out.
+    rewrite(folder / "results.json", lambda c: c["sav_jax"]["tasks"]["colours"].update(metric="f2"))
+    assert run("compare", "a", "--baseline", "sav") == 0
+    assert "f2 cannot be compared" in capsys.readouterr().out
 
 
 # What it refuses

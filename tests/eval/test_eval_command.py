@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from checkpoints import Reference, picture
 
-from sav_jax import LMM, extract, reading
 from sav_jax.cli import main
 from sav_jax.eval.methods import METHODS
 
@@ -25,20 +23,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SAV_JAX_CACHE", str(shared))
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Prompts of every batch that is run."""
-    rows: list[int] = []
-    original = extract.run_batches
-
-    def spy(model: LMM, step: Any, plans: Any, *rest: Any, **options: Any) -> Any:
-        rows.extend(len(plan.rows) for plan in plans)
-        return original(model, step, plans, *rest, **options)
-
-    monkeypatch.setattr(reading, "run_batches", spy)
-    return rows
 
 
 def test_lists(capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,3 +182,26 @@ def test_temperature_leaves_out_lone_examples_and_has_bounds() -> None:
 def test_probabilities_allow_minus_infinity() -> None:
     shares = probabilities(np.array([[0.0, -np.inf, 0.0]]), 2.0)
     np.testing.assert_array_equal(shares, [[0.5, 0.0, 0.5]])
+
+
+@pytest.mark.parametrize("name", ["auroc", "macro_f1", "ece"])
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_resample_is_computed_as_its_queries_are(name: str, classes: int) -> None:
+    """Counted at once for all resamples, or one by one: as the metric of the drawn queries themselves."""
+    answers = random_answers(4, count=12, classes=classes, ties=True)
+    rng = np.random.default_rng(5)
+    draws = rng.multinomial(12, np.full(12, 1 / 12), size=200)
+    draws[0] = 0
+    draws[0, 0] = 12  # of one class only
+    found = METRICS[name].resampled(answers, draws)
+    expected = [METRICS[name].compute(answers.take(np.repeat(np.arange(12), row))) for row in draws]
+    numbers = np.array([np.nan if e is None else e for e in expected], np.float64)
+    np.testing.assert_allclose(found, numbers, rtol=0, atol=CLOSE)
+    assert np.isnan(found[0]) == (name == "auroc")
+
+
+def test_what_has_no_probabilities_has_no_resampled_area() -> None:
+    answers = answers_of(np.array([0, 1]), np.array([0, -1]), classes=2)
+    assert np.isnan(METRICS["auroc"].resampled(answers, np.ones((3, 2), int))).all()
+    # Right about the first of two: F1 of class 0 is 1, of class 1 0.
+    np.testing.assert_allclose(METRICS["macro_f1"].resampled(answers, np.array([[1, 1], [2, 0]])), [0.5, 1.0])

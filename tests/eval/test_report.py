@@ -369,6 +369,7 @@ def test_a_metric_that_is_better_when_lower_and_has_no_single_answers(tmp_path: 
                 run["metrics"]["brier"] |= {"mean": mean, "stderr": 0.03, "ci": [mean - 0.06, mean + 0.06]}
 
     rewrite(folder / "results.json", change)
+    (folder / f"samples_{Results(folder).runs[0].key}.jsonl").unlink()
     table = make_table([Results(folder)])
     (column,) = table.columns
     # 0.25 and 0.20 differ by 0.05 / (0.03 sqrt(2)) = 1.18 standard errors, p = 0.24; 0.40 and 0.20 by 4.7. The

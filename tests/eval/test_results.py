@@ -53,6 +53,21 @@ def test_table_of_one_seed() -> None:
     assert "sd of seeds" not in text[0]
 
 
+def test_methods_without_support_are_told_apart_only_where_their_queries_differ() -> None:
+    def at(shots: int, method: str, queries: int) -> Summary:
+        run = run_of(method)
+        return summarise(f"grey_{shots}", [dataclasses.replace(run, shots=shots, names=run.names[:queries])])
+
+    same = table([at(2, "chance", 9), at(2, "sav", 9), at(4, "chance", 9), at(4, "sav", 9)])
+    cells = [[cell.strip() for cell in line.split("|")[2:4]] for line in same.splitlines()[2:]]
+    assert cells == [["chance", "0"], ["sav", "2"], ["sav", "4"]]
+    other = table([at(2, "chance", 9), at(2, "sav", 9), at(4, "chance", 8), at(4, "sav", 8)])
+    lines = other.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[2:4]] for line in lines[2:6]]
+    assert cells == [["chance", "0 (2)"], ["sav", "2"], ["chance", "0 (4)"], ["sav", "4"]]
+    assert lines[-1] == "0 (4): no labelled example seen, queries as 4 per class leave them"
+
+
 def test_means_over_seeds() -> None:
     summary = summary_of("sav", (0, 6))
     estimate = summary.metrics["acc"]

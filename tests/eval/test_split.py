@@ -128,6 +128,33 @@ def test_a_query_that_stands_in_the_support_is_refused_and_counted() -> None:
     assert split_task(grey_task(), Data(items[:12], (*items[12:], *other_question)), 4, 0).leaked == 0
 
 
+def test_a_picture_that_was_saved_again_is_the_same_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    arrays = rng.integers(0, 255, (4, 6, 8, 3), dtype=np.uint8)
+    pictures = [PIL.Image.fromarray(array) for array in arrays]
+    for i, image in enumerate(pictures):
+        image.save(tmp_path / f"{i}.png")
+    pictures[1].save(tmp_path / "again.bmp")
+    pictures[2].transpose(PIL.Image.Transpose.ROTATE_90).save(
+        tmp_path / "turned.png", exif=PIL.Image.Exif()
+    )  # other pixels of another size
+
+    def item(file: str, label: str) -> Item:
+        return Item(Example("What?", (tmp_path / file,), label, id=file, source=file))
+
+    pool = (item("0.png", "a"), item("1.png", "b"))
+    queries = (item("2.png", "a"), item("3.png", "b"), item("turned.png", "a"))
+    assert split_task(grey_task(), Data(pool, queries), 1, 0).leaked == 0
+    resaved = Data(pool, (*queries, item("again.bmp", "a"), Item(Example("What?", (pictures[0],), "a", id="memory"))))
+    with pytest.raises(UserError, match=r"2 queries also stand in the support.*the first being again\.bmp = 1\.png"):
+        split_task(grey_task(), resaved, 1, 0)
+    assert split_task(grey_task(), resaved, 1, 0, allow_leak=True).leaked == 2
+    # Only pictures of the same size and question are decoded; what is no picture is found before any model runs.
+    (tmp_path / "odd.png").write_bytes(b"GIF89a no picture")
+    with pytest.raises(UserError, match=r"odd\.png cannot be read"):
+        split_task(grey_task(), Data(pool, (*queries, item("odd.png", "a"))), 1, 0)
+
+
 def test_digest_depends_on_all_that_a_method_sees() -> None:
     dark, bright = PIL.Image.new("RGB", (2, 2)), PIL.Image.new("RGB", (2, 2), "white")
     variants = [

@@ -16,6 +16,7 @@ from sav_jax.eval.statistics import (
     holm,
     mcnemar,
     paired_bootstrap,
+    paired_resampling,
     resampled_interval,
     sign_flip_test,
 )
@@ -129,6 +130,31 @@ def test_all_right_is_no_certainty() -> None:
     assert interval.high == pytest.approx(scipy.stats.binomtest(0, 50).proportion_ci(0.9, "exact").high, rel=1e-9)
 
 
+def test_clusters_that_agree_are_no_certainty() -> None:
+    """Balanced pairs that are half right each: the exact bound on the share of others, none of 20 being one."""
+    right, pairs = np.tile([1.0, 0.0], 20), [str(i // 2) for i in range(40)]
+    interval = cluster_interval([right], [pairs])
+    others = scipy.stats.binomtest(0, 20).proportion_ci(0.95, "exact").high
+    assert (interval.mean, interval.stderr) == (0.5, 0)
+    assert interval.low == pytest.approx(0.5 * (1 - others), rel=1e-9)  # all of these wrong
+    assert interval.high == pytest.approx(0.5 + 0.5 * others, rel=1e-9)  # all of them right
+    # Were one pair in ten otherwise, 20 pairs that agree would be seen with probability 0.9^20 = 12 %: it is inside.
+    assert interval.low < 0.45 < 0.55 < interval.high
+    # What has no known bounds has no interval then.
+    assert cluster_interval([np.full(40, 0.7)], [names(40)]).ci is None
+    assert resampled_interval(lambda i: 1.0, 40).ci is None
+
+
+def test_differences_that_agree_are_no_certainty() -> None:
+    others = scipy.stats.binomtest(0, 30).proportion_ci(0.95, "exact").high
+    same = paired_bootstrap([np.ones(30)], [np.ones(30)], [names(30)])
+    assert same.interval.ci == pytest.approx((-others, others), rel=1e-9)
+    assert same.p == 1
+    better = paired_bootstrap([np.zeros(30)], [np.ones(30)], [names(30)])
+    assert better.interval.ci == pytest.approx((1 - 2 * others, 1), rel=1e-9)
+    assert paired_bootstrap([np.full(30, 0.2)], [np.full(30, 0.7)], [names(30)]).interval.ci is None
+
+
 def test_one_cluster_tells_nothing_about_the_spread() -> None:
     for interval, mean in (
         (cluster_interval([np.array([1.0, 0.0])], [["a", "a"]]), 0.5),
@@ -206,6 +232,41 @@ def test_paired_bootstrap_by_hand() -> None:
     # Twice 60.5 expected resamples of 10,000, whose spread is sqrt(60.5) = 7.8; four times that.
     assert result.p == pytest.approx(2 * 0.6**10, abs=2 * 32 / 10_000)
     assert paired_bootstrap([a], [a], [names(10)]).p == 1
+
+
+def test_resampling_a_number_gives_what_resampling_a_mean_does() -> None:
+    rng = np.random.default_rng(8)
+    a, b = ([rng.random(60), rng.random(40)] for _ in range(2))
+    clusters = [[str(i // 2) for i in range(60)], [str(i) for i in range(40)]]
+
+    def difference(seed: int, draws: np.ndarray) -> np.ndarray:
+        return draws @ (b[seed] - a[seed]) / draws.sum(axis=1)
+
+    mean, other = paired_bootstrap(a, b, clusters), paired_resampling(difference, clusters, seed=1)
+    assert other.interval.mean == pytest.approx(mean.interval.mean, rel=1e-12)
+    # The spread of 10,000 resamples: 1 / sqrt(20,000) = 0.7 %, four times that; 1 / (2 x 40) between estimators.
+    assert other.interval.stderr == pytest.approx(mean.interval.stderr, rel=0.028 + 0.0125)
+    # Quantiles of 10,000 resamples, 2.67 / 100 standard errors each: sqrt(2) times that, four times.
+    for one, two in ((mean.interval.low, other.interval.low), (mean.interval.high, other.interval.high)):
+        assert one == pytest.approx(two, abs=0.15 * mean.interval.stderr)
+    # Twice a share of about p / 2 of 10,000 resamples, twice: four spreads.
+    assert other.p == pytest.approx(mean.p, abs=4 * 2 * np.sqrt(2 * mean.p / 2 / 10_000))
+
+
+def test_resamples_without_a_difference_count_for_nothing() -> None:
+    positive = np.array([1] + [0] * 9)  # in 0.9^10 = 35 % of the resamples there is no positive
+
+    def difference(seed: int, draws: np.ndarray) -> np.ndarray:
+        return np.where(draws @ positive > 0, 0.25 + 0.01 * draws[:, 1], np.nan)
+
+    result = paired_resampling(difference, [names(10)])
+    assert result.interval.mean == pytest.approx(0.26, rel=1e-12)
+    assert result.interval.low == 0.25
+    # All that count are above zero: p is 2 / (1 + their number).
+    assert 2 / result.p - 1 == pytest.approx(6513, abs=4 * np.sqrt(10_000 * 0.65 * 0.35))
+    rare = paired_resampling(lambda _, draws: np.where((draws == 1).all(axis=1), 0.5, np.nan), [names(10)])
+    assert (rare.interval.mean, rare.interval.ci, rare.p) == (0.5, None, 1.0)
+    assert paired_resampling(lambda _, draws: draws[:, 0] / 2, [["a"] * 3]).interval.ci is None
 
 
 def test_paired_bootstrap_turns_with_its_arguments() -> None:

@@ -53,6 +53,22 @@ def test_batches_do_not_matter(encoder: sav_jax.DualEncoder) -> None:
     assert encoder.embed_images([]).shape == encoder.embed_texts([]).shape == (0, encoder.config.embedding_size)
 
 
+def test_paths_are_images_and_one_thing_is_no_list(encoder: sav_jax.DualEncoder, tmp_path: Path) -> None:
+    pictures = images()[:2]
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path, image in zip(paths, pictures, strict=True):
+        image.save(path)
+    expected = encoder.embed_images(pictures)
+    np.testing.assert_array_equal(encoder.embed_images([paths[0], str(paths[1])]), expected)
+    with pytest.raises(sav_jax.UserError, match=r"nowhere\.png does not exist"):
+        encoder.embed_images([paths[0], tmp_path / "nowhere.png"])
+    for one in (paths[0], str(paths[0]), pictures[0]):
+        with pytest.raises(sav_jax.UserError, match="images must be a list of pictures or paths"):
+            encoder.embed_images(one)  # type: ignore[arg-type]
+    with pytest.raises(sav_jax.UserError, match="texts must be a list of strings, not the one string 'abc'"):
+        encoder.embed_texts("abc")
+
+
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "model": 4}], ids=str)
 def test_any_mesh_gives_the_same_embeddings(
     dual: DualReference, encoder: sav_jax.DualEncoder, axes: dict[str, int]

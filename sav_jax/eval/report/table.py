@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sav_jax.eval.compare import ALPHA, paired_p
+from sav_jax.eval.compare import ALPHA, paired_p, task_metric
 from sav_jax.eval.statistics import holm
 from sav_jax.eval.stored import Answered, Results, Stored
 
@@ -77,8 +77,8 @@ def make_table(results: Sequence[Results]) -> Table:
     """Gather the results of one or several folders.
 
     The best method of a column is not alone where others are statistically tied with it: a method is tied if a test
-    against the best, corrected for their number (Holm), does not find a difference. The test is paired, item by item,
-    for accuracy on identical items; otherwise it takes the two standard errors as independent.
+    against the best, corrected for their number (Holm), does not find a difference. The test is paired, item by item or
+    group by group, on identical items; otherwise it takes the two standard errors as independent.
     """
     columns: dict[tuple[str, int], Column] = {}
     rows: dict[tuple[int, str], Row] = {}
@@ -121,9 +121,10 @@ def _tied(runs: dict[Row, Stored], column: Column, results: Sequence[Results]) -
 
 def _p(best: Row, row: Row, runs: dict[Row, Stored], results: Sequence[Results]) -> float:
     """Of no difference between two methods."""
-    if runs[best].metric == "acc":
+    metric = task_metric(results[best.source], runs[best].task)
+    if metric is not None and metric.name == runs[best].metric:
         pair = [_answers(results[one.source], runs[one]) for one in (best, row)]
-        if pair[0] and pair[1] and (p := paired_p(pair[0], pair[1])) is not None:
+        if pair[0] and pair[1] and (p := paired_p(pair[0], pair[1], metric)) is not None:
             return p
     one, other = (runs[of].primary for of in (best, row))
     spread = math.hypot(one.stderr or 0, other.stderr or 0)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sav_jax.classifier import choose_shots
 from sav_jax.errors import UserError
@@ -115,7 +116,7 @@ class Split:
       queries: items to be classified.
       labels: class names, in the order of the columns.
       available: number of queries before any limit.
-      leaked: queries that also stand in the support, same question and images; 0 unless leaks were allowed.
+      leaked: queries that also stand in the support, same question and pixels; 0 unless leaks were allowed.
       digest: SHA-256 of all questions, labels and images, in order. Equal digests: results may be compared.
     """
 
@@ -132,6 +133,8 @@ class Digests:
 
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[Item, str]] = {}
+        self._outlines: dict[int, tuple[Item, tuple[Any, ...]]] = {}
+        self._pixels: dict[int, tuple[Item, tuple[str, ...]]] = {}
 
     def prompt(self, item: Item) -> str:
         """Of question, contents of images and videos, and how many frames are shown."""
@@ -142,6 +145,32 @@ class Digests:
             facts = json.dumps([example.question, *example.image_digests(), *videos])
             known = self._prompts[id(item)] = item, hashlib.sha256(facts.encode()).hexdigest()
         return known[1]
+
+    def leaks(self, support: Sequence[Item], queries: Sequence[Item]) -> list[tuple[Item, Item]]:
+        """Queries whose question, pixels and videos also stand in the support, with the support's item.
+
+        Pictures are compared as they are shown, however they are stored. Only those are decoded of which another with
+        the same question has the same size; the headers of all are read, so that what is no picture is found here.
+        """
+        outlines = {self._outline(item) for item in support}
+        suspects = [item for item in queries if self._outline(item) in outlines]
+        outlines = {self._outline(item) for item in suspects}
+        shown = {self._shown(item): item for item in support if self._outline(item) in outlines}
+        return [(item, shown[self._shown(item)]) for item in suspects if self._shown(item) in shown]
+
+    def _outline(self, item: Item) -> tuple[Any, ...]:
+        """Question, sizes of the images, contents of the videos and how many frames are shown."""
+        if id(item) not in self._outlines:
+            example = item.example
+            videos = (*example.video_digests(), example.frames) if example.videos else ()
+            self._outlines[id(item)] = item, (example.question, *example.image_sizes(), *videos)
+        return self._outlines[id(item)][1]
+
+    def _shown(self, item: Item) -> tuple[Any, ...]:
+        """The same with the images' pixels."""
+        if id(item) not in self._pixels:
+            self._pixels[id(item)] = item, tuple(item.example.pixel_digests())
+        return *self._outline(item), *self._pixels[id(item)][1]
 
     def whole(self, item: Item) -> str:
         """Of question, image contents and label."""
@@ -196,14 +225,13 @@ def split_task(
     for query in queries:
         if query.label not in names:
             raise UserError(f'{query.example.source}: field "label" is {query.label!r}, which no support example has')
-    shown = {digests.prompt(item): item for item in support}
-    leaks = [item for item in queries if digests.prompt(item) in shown]
+    leaks = digests.leaks(support, queries)
     if leaks and not allow_leak:
-        twin = shown[digests.prompt(leaks[0])].example
+        asked_again, twin = (item.example for item in leaks[0])
         leaking = f"{len(leaks)} queries also stand" if len(leaks) > 1 else "1 query also stands"
         raise UserError(
             f"task {task.name}: {leaking} in the support, same question and images, the first "
-            f"being {leaks[0].example.source or leaks[0].example.id} = {twin.source or twin.id} "
+            f"being {asked_again.source or asked_again.id} = {twin.source or twin.id} "
             "(--allow-leak to go on all the same)"
         )
     available = len(queries)
