@@ -157,6 +157,9 @@ def _eval(options: cli.Eval) -> None:
             num_heads=options.num_heads,
             demonstrations=options.demonstrations,
             mtv=Recipe(prompts=options.mtv_prompts, steps=options.mtv_steps),
+            lora_rank=options.lora_rank,
+            lora_rates=_rates("--lora-rates", options.lora_rates),
+            lora_steps=_numbers("--lora-steps", options.lora_steps),
             max_new_tokens=options.max_new_tokens,
             limit=options.limit,
             batch_size=options.running.batch_size,
@@ -262,6 +265,14 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError:
         raise UserError(f"{option} takes whole numbers separated by commas, not {text!r}") from None
+
+
+def _rates(option: str, text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise UserError(f"{option} takes numbers separated by commas, not {text!r}") from None
 
 
 def _cache_dir(running: cli.Running) -> str | None:

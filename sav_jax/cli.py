@@ -161,6 +161,15 @@ class Eval:
     mtv_steps: int = 150
     """Steps of the search of 'mtv', of four labelled examples each (published: 600 of one). 0 draws heads at random."""
 
+    lora_rank: int = 16
+    """Of the low-rank updates of 'lora'."""
+
+    lora_rates: str = "3e-4,1e-3,3e-3"
+    """Peak learning rates that 'lora' tries on the labelled examples, separated by commas; a single one is just used."""
+
+    lora_steps: str = "100"
+    """Numbers of steps, of --batch-size examples each, that 'lora' tries with every rate, separated by commas."""
+
     max_new_tokens: int = 32
     """Longest answer that the model may write."""
 

@@ -40,7 +40,7 @@ class Plan:
 
     Attributes:
       shots, seeds: every number of shots is run with every seed.
-      num_heads, demonstrations, mtv, max_new_tokens, batch_size, cache, clip, siglip: see
+      num_heads, demonstrations, mtv, lora_..., max_new_tokens, batch_size, cache, clip, siglip: see
         :class:`sav_jax.eval.methods.Settings`.
       limit: answer only so many queries of each task; None for all.
       allow_leak: go on when a query also stands in the support.
@@ -53,6 +53,9 @@ class Plan:
     num_heads: int = 20
     demonstrations: int = 4
     mtv: Recipe = field(default_factory=Recipe)
+    lora_rank: int = 16
+    lora_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    lora_steps: tuple[int, ...] = (100,)
     max_new_tokens: int = 32
     limit: int | None = None
     batch_size: int = 8
@@ -71,6 +74,9 @@ class Plan:
             num_heads=self.num_heads,
             demonstrations=self.demonstrations,
             mtv=self.mtv,
+            lora_rank=self.lora_rank,
+            lora_rates=self.lora_rates,
+            lora_steps=self.lora_steps,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             cache=self.cache,
@@ -173,6 +179,7 @@ def evaluate(
         "num_heads": plan.num_heads,
         "demonstrations": plan.demonstrations,
         "mtv": dataclasses.asdict(plan.mtv),
+        "lora": {"rank": plan.lora_rank, "rates": plan.lora_rates, "steps": plan.lora_steps},
         "max_new_tokens": plan.max_new_tokens,
         "allow_leak": plan.allow_leak,
         "clip": plan.clip,
@@ -209,6 +216,10 @@ def _check(plan: Plan, methods: Sequence[Method]) -> None:
         raise UserError(f"--max-new-tokens must be at least 1, not {plan.max_new_tokens}")
     if plan.mtv.prompts < 1:
         raise UserError(f"--mtv-prompts must be at least 1, not {plan.mtv.prompts}")
+    if plan.lora_rank < 1 or not plan.lora_rates or not plan.lora_steps or min(plan.lora_steps) < 1:
+        raise UserError("--lora-rank and --lora-steps must be at least 1, and --lora-rates must name a rate")
+    if any(not 0 < rate < float("inf") for rate in plan.lora_rates):
+        raise UserError(f"--lora-rates must be above 0, not {', '.join(map(str, plan.lora_rates))}")
     if plan.mtv.steps < 0:
         raise UserError(f"--mtv-steps must be at least 0, not {plan.mtv.steps}")
 
