@@ -165,7 +165,7 @@ class Eval:
     """Of the low-rank updates of 'lora'."""
 
     lora_rates: str = "3e-4,1e-3,3e-3"
-    """Peak learning rates that 'lora' tries on the labelled examples, separated by commas; a single one is just used."""
+    """Peak learning rates that 'lora' tries on the labelled examples, separated by commas; a single one is used."""
 
     lora_steps: str = "100"
     """Numbers of steps, of --batch-size examples each, that 'lora' tries with every rate, separated by commas."""
