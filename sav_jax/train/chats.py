@@ -58,14 +58,16 @@ def read_chats(path: str | Path, image_folder: str | Path | None = None) -> list
     """Read a file of conversations or of labelled examples.
 
     Args:
-        path: the file, or a folder of class folders is refused (it has no questions).
+        path: the file.
         image_folder: what relative image paths are relative to; the file's own folder by default.
 
     Raises:
         UserError: naming file, line and field of the first problem, and how many more rows are bad.
     """
     path = Path(path)
-    first = None if path.is_dir() else next(iter(json_rows(path)), None)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; a file of conversations or labelled rows is expected")
+    first = next(iter(json_rows(path)), None)
     if first is None or not (isinstance(first[1], dict) and "conversations" in first[1]):
         return [chat_of(example) for example in read_examples(path, require_labels=True)]
     chats, problems = [], []

@@ -147,9 +147,3 @@ def tuned(lmm: LMM, targets: Sequence[Target], trainable: Mapping[str, Any]) -> 
     params = traverse_util.unflatten_dict(flat, sep="/")
     matrices = {p.removeprefix("lora/"): v for p, v in trainable.items() if p.startswith("lora/")}
     return lora.merged(lmm.module, params, targets, matrices) if targets else params
-
-
-@functools.lru_cache(maxsize=8)
-def evaluation_step(module: MultimodalModel) -> Any:
-    """``(params, LessonBatch) -> (sum of losses, sum of weights)``, without dropout."""
-    return jax.jit(lambda params, data: next_token_loss(module, {"params": params}, data, None))

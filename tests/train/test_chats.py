@@ -204,6 +204,11 @@ def test_bad_rows_name_file_and_line(tmp_path: Path, row: dict[str, Any], proble
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a folder; a file of conversations or labelled rows is expected"):
+        read_chats(tmp_path)
+
+
 def test_cutting_keeps_what_fits(lmm: sav_jax.LMM) -> None:
     chat = conversation(("user", "What?"), ("assistant", "a cat"), ("user", "Why?"), ("assistant", "so"))
     form = chat_format(lmm.processor, lmm.stop_token_ids)
