@@ -14,6 +14,7 @@ export JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 "$venv_python" -m ruff check .
 "$venv_python" -m ruff format --check .
 "$venv_python" -m mypy
-# Most of the time goes into compiling on one core, so that two processes take little more than half as long as one.
+# Most of the time goes into compiling on one core, so that two processes take little more than half as long as one. The
+# tests of a file share what they compile: they stay together.
 workers=$("$venv_python" -c 'import os; print(min(4, os.cpu_count() or 1))')
-exec "$venv_python" -m pytest -n "$workers" "$@"
+exec "$venv_python" -m pytest -n "$workers" --dist loadfile "$@"

@@ -26,6 +26,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     MPLBACKEND="agg",
 )
+# Two workers on two cores: PyTorch's second threads would only wait for each other (measured: a fifth of all CPU time).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # What one test has compiled serves the others: those of other workers and the commands that tests start, too, which
     # find the folder in their environment. It lives as long as the run: every run compiles what it tests.

@@ -19,11 +19,12 @@ from sav_jax.examples import Example
 from sav_jax.reading import read
 
 OPTIONS = ["cat", "dog", "a", "giraffe"]
+# Of two shapes: each costs a program for whatever is asked.
 EXAMPLES = [
-    Example("What is it?", (picture(37, 53),)),
+    Example("What is it?", (picture(30, 30),)),
     Example("What is the capital of France?"),
     Example("Is <image> left of <image>?", (picture(40, 30), picture(20, 60, 1))),
-    Example("What is it?", (picture(37, 53),), label="the same prompt again"),
+    Example("What is it?", (picture(30, 30),), label="the same prompt again"),
 ]
 # The same sums in another program and other company: rounding of float32 values of order one; of log-probabilities of
 # order ten, up to seven of them summed.

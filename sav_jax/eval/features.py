@@ -221,6 +221,8 @@ class Features:
     @functools.cached_property
     def heads(self) -> tuple[Heads, Heads]:
         """Head vectors of the support and of the queries."""
+        if "readings" not in vars(self._universe):  # nothing is read for a number that is refused
+            self._check_num_heads(self.reader.lmm.heads_shape)
         return self._pair(self._universe.readings.heads)
 
     @functools.cached_property
@@ -260,7 +262,11 @@ class Features:
         return self._universe.answers(examples, edit)
 
     def _pair(self, heads: np.ndarray) -> tuple[Heads, Heads]:
-        available = heads.shape[1] * heads.shape[2]
+        self._check_num_heads(heads.shape[1:])
+        return Heads(heads, self._support), Heads(heads, self._queries)
+
+    def _check_num_heads(self, shape: Sequence[int]) -> None:
+        """Of heads, (L, N, H)."""
+        available = shape[0] * shape[1]
         if not 1 <= self.settings.num_heads <= available:
             raise UserError(f"--num-heads is {self.settings.num_heads}; there are {available} heads to choose from")
-        return Heads(heads, self._support), Heads(heads, self._queries)

@@ -163,7 +163,7 @@ def test_a_task_of_two_files(reference: Reference, capsys: pytest.CaptureFixture
     ],
 )
 def test_eval_refuses(
-    options: list[str], expected: str, reference: Reference, capsys: pytest.CaptureFixture[str]
+    options: list[str], expected: str, reference: Reference, capsys: pytest.CaptureFixture[str], passes: list[int]
 ) -> None:
     options = [str(reference.directory) if word == REFERENCE else word for word in options]
     assert main(["eval", "--output-path", "results", *options]) == 2
@@ -171,3 +171,4 @@ def test_eval_refuses(
     assert len(errors) == 1
     assert expected in errors[0]
     assert not Path("results").exists()
+    assert not passes, "refused before anything is read"

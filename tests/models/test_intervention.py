@@ -229,8 +229,8 @@ def test_after_a_prefix_every_token_is_changed(lmm: sav_jax.LMM) -> None:
     lengths = jnp.asarray(batch.lengths)
     shorter = dataclasses.replace(batch, lengths=lengths - 1, read_positions=lengths[:, None] - 2)
     last = jnp.take_along_axis(jnp.asarray(batch.token_ids), lengths[:, None] - 1, axis=1)
-    prefix = prefill(lmm.module, lmm.params, shorter, 1)
-    logits, _ = extend(lmm.module, lmm.params, prefix, last, jnp.ones(2, jnp.int32), edit)
+    prefix = jax.jit(functools.partial(prefill, lmm.module), static_argnames="room")(lmm.params, shorter, room=1)
+    logits, _ = jax.jit(functools.partial(extend, lmm.module))(lmm.params, prefix, last, jnp.ones(2, jnp.int32), edit)
     np.testing.assert_allclose(logits[:, 0], whole, rtol=0, atol=SAME)
 
 
