@@ -157,9 +157,9 @@ def vizwiz_rows(part: str, number: int) -> list[dict[str, Any]]:
 def write_vizwiz(data: Path) -> None:
     for part, number in (("train", 6), ("val", 4)):
         rows = vizwiz_rows(part, number)
-        whole(data / "vizwiz-answerable" / f"{part}.json", rows)
+        whole(data / "vizwiz" / f"{part}.json", rows)
         for row in rows:
-            picture(data / "vizwiz-answerable" / part / row["image"])
+            picture(data / "vizwiz" / part / row["image"])
 
 
 def write_mhalubench(data: Path) -> None:

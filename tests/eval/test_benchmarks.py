@@ -216,7 +216,7 @@ def test_vizwiz(tmp_path: Path) -> None:
         "\nWhat is number 0? \nWhen the provided information is insufficient, respond with Unanswerable.\n"
         "Answer the question using a single word or phrase."
     )
-    (tmp_path / "vizwiz-answerable" / "train.json").unlink()
+    (tmp_path / "vizwiz" / "train.json").unlink()
     alone = load("vizwiz-answerable", tmp_path)
     assert alone.queries is None, "without train, support is drawn from val"
     assert facts(alone.pool) == facts(data.queries)
