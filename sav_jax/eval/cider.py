@@ -28,13 +28,17 @@ _FACTOR = 10.0
 # Penn Treebank's clitics are words of their own: do n't, man 's.
 _CLITICS = re.compile(r"(?<=\w)(?=n't\b|'(?:s|m|d|re|ve|ll)\b)")
 _PAIRS = re.compile(r"\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b")
+_BRACKETS = str.maketrans(
+    {mark: f" -{name}b- " for mark, name in zip("()[]{}", ("lr", "rr", "ls", "rs", "lc", "rc"), strict=True)}
+)
 _WORD = re.compile(
     r"""
     n't\b | '(?:s|m|d|re|ve|ll)\b
-    | \d+(?:[.,:]\d+)+               # 3.5, 10,000, 9:30
-    | (?:[^\W\d_]\.){2,}             # u.s.
-    | [^\W_]+(?:-[^\W_]+)*           # t-shirt
-    | [&$%\#@+=*]
+    | \d+(?:[.,:]\d+)+                            # 3.5, 10,000, 9:30
+    | (?:[^\W\d_]\.){2,} | (?:mrs?|ms|dr|st|vs)\. # u.s., st.
+    | o'[^\W_]+                                   # o'clock
+    | [^\W_]+(?:[-/][^\W_]+)*                     # t-shirt, black/white
+    | -[lr][rsc]b- | [&$%\#@+=*]
     """,
     re.VERBOSE,
 )
@@ -61,12 +65,12 @@ def words(text: str) -> tuple[str, ...]:
     """The words of a caption: lower case, without punctuation, in the manner of the Penn Treebank.
 
     As Stanford's PTBTokenizer with pycocoevalcap's list of dropped marks: clitics are words ("do n't", "man 's"),
-    hyphenated words and numbers stay whole, currency and percent signs are words. Different from it: brackets are
-    dropped (there they stay, as "-lrb-", since the list has them in capitals only), abbreviations other than single
-    letters lose their full stop ("st." is "st"), words joined by a slash are cut, and emoticons and addresses are not
-    known.
+    hyphenated words and numbers stay whole, currency and percent signs are words, and so are brackets ("-lrb-": the
+    list has them in capitals only). Different from it: few abbreviations keep their full stop, and emoticons and
+    addresses are not known.
     """
     plain = text.lower().replace("\u2019", "'").replace("\u2018", "'")
+    plain = plain.translate(_BRACKETS)
     plain = _PAIRS.sub(lambda match: " ".join(part for part in match.groups() if part), plain)
     return tuple(_WORD.findall(_CLITICS.sub(" ", plain)))
 

@@ -433,8 +433,8 @@ def table(compared: Compared) -> str:
             "",
             aligned([*head, "verdict"], rows, text),
             "",
-            f"A, B: accuracy (acc), or the task's own metric, in %{_cider(compared)}; B - A: in percentage points, with "
-            "its interval by paired bootstrap of queries or their groups. p: "
+            f"A, B: accuracy (acc), or the task's own metric, in %{_cider(compared)}; B - A: in percentage points, "
+            "with its interval by paired bootstrap of queries or their groups. p: "
             f"{' or '.join(used)}, two-sided; p (Holm): corrected for {len(rows)} comparison{'s' * (len(rows) > 1)}. "
             f"'Better' means p (Holm) below {ALPHA}.",
             *(f"note: {note}" for note in compared.notes),

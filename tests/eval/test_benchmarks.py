@@ -223,7 +223,7 @@ def test_vizwiz(tmp_path: Path) -> None:
 
 
 def test_vizwiz_from_rows_as_those_of_savs(tmp_path: Path) -> None:
-    folder = tmp_path / "vizwiz-answerable"
+    folder = tmp_path / "vizwiz"
     rows = [
         {"image": f"/datasets/vizwiz/val/{i}.jpg", "question": "What?", "question_id": i, "label": label}
         for i, label in enumerate(("answerable", "unanswerable"))

@@ -15,7 +15,7 @@ from sav_jax.eval.report.confidence import reliability_figure, risk_figure, sure
 from sav_jax.eval.report.drawing import Figure
 from sav_jax.eval.report.heatmaps import confusion_counts, confusion_figure, confusions, head_figure
 from sav_jax.eval.report.table import Table
-from sav_jax.eval.report.words import chunks, metric_description, metric_name, one_line, per_class, percent
+from sav_jax.eval.report.words import chunks, metric_description, metric_name, one_line, per_class, percent, scale
 from sav_jax.eval.stored import Answered, Results, Stored
 
 _MOST_CARDS = 8
@@ -183,7 +183,7 @@ def _written(method: str, answered: Answered, metric: str) -> Grid:
         ("question", ""),
         ("answer", ""),
         ("references", ""),
-        (f"{metric_name(metric)}{' x 100' if metric == 'cider' else ' (%)'}", ""),
+        (f"{metric_name(metric)} {scale(metric)}", ""),
     )
     return Grid(title, heads, tuple(rows))
 
@@ -221,7 +221,7 @@ def _grids(runs: Sequence[Stored], results: Results) -> tuple[Grid, ...]:
             subsets = list(dict.fromkeys(subset for run in of_key for subset in run.subsets))
             cells = [[_of_subset(run, subset) for subset in subsets] for run in of_key]
             told = per_class(of_key[0].shots, results.generative(of_key[0].task))
-            title = f"Parts of the data, {told}: {metric_name(of_key[0].metric)} in percent"
+            title = f"Parts of the data, {told}: {metric_name(of_key[0].metric)} {scale(of_key[0].metric)}"
             grids += _in_parts(title, [(subset, "") for subset in subsets], of_key, cells)
     return tuple(grids)
 

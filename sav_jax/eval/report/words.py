@@ -38,6 +38,11 @@ def metric_description(metric: str) -> str:
     return _METRICS.get(metric, ("", ""))[1]
 
 
+def scale(metric: str) -> str:
+    """What a number of :func:`percent` is said to be."""
+    return "times 100" if metric == "cider" else "in percent"
+
+
 def percent(share: float) -> str:
     """One digit after the point: the intervals are seldom narrower."""
     return f"{100 * share:.1f}"

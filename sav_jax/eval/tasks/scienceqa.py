@@ -90,10 +90,10 @@ def parse_scienceqa(text: str, item: Item) -> str | None:
     """The letter that a text answers with, as LLaVA's eval_science_qa.py reads it: the letter alone, or followed by a
     full stop and a space at the beginning of the text, or after "The answer is ".
     """
-    said = text.replace("\n", ". ")
-    alone, first = said.strip(), re.match(r"([A-E])\. ", said)
+    said = text.strip().replace("\n", ". ")
+    first = re.match(r"([A-E])\. ", said)
     named = re.search(r"The answer is ([A-E])\.", said) or re.search(r"The answer is ([A-E])", said)
-    found = alone if alone in tuple(_LETTERS) else first[1] if first else named[1] if named else None
+    found = said if said in tuple(_LETTERS) else first[1] if first else named[1] if named else None
     return found if found in item.offered else None
 
 
