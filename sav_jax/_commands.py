@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,9 @@ from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 from sav_jax.extract import extract_heads
 from sav_jax.headstore import check_head_array_path, default_cache_dir, write_head_array
 from sav_jax.lmm import LMM, load
+
+if TYPE_CHECKING:
+    from sav_jax.eval.tasks import Task
 
 T = TypeVar("T")
 
@@ -137,9 +140,10 @@ def _eval(options: cli.Eval) -> None:
 
     if "list" in (options.tasks, options.methods):
         if options.tasks == "list":
-            print(_listed({name: task.description for name, task in TASKS.items()} | _groups(GROUPS)))
+            print(_listed(_task_lines(TASKS) | _groups(GROUPS)))
         if options.methods == "list":
-            print(_listed({name: method.description for name, method in METHODS.items()}))
+            free = {True: " (free answers, too)", False: ""}
+            print(_listed({name: f"{of.description}{free[of.generates]}" for name, of in METHODS.items()}))
         return
     if options.train is None and options.test is not None:
         raise UserError("a task of your own needs --train")
@@ -195,14 +199,18 @@ def _tasks(options: cli.Tasks) -> None:
     from sav_jax.eval.tasks import GROUPS, TASKS, card, default_data_dir, find_tasks
 
     if options.names == "all":
-        print(_listed({name: task.description for name, task in TASKS.items()} | _groups(GROUPS)))
+        print(_listed(_task_lines(TASKS) | _groups(GROUPS)))
         return
     data_dir = options.data_dir or default_data_dir()
     print("\n\n".join(card(task, data_dir) for task in find_tasks(options.names)), end="")
 
 
+def _task_lines(tasks: Mapping[str, Task]) -> dict[str, str]:
+    return {name: f"{task.kind:<14}  {task.description}" for name, task in tasks.items()}
+
+
 def _groups(groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    return {name: f"all of {', '.join(members)}" for name, members in groups.items()}
+    return {name: f"{'group':<14}  all of {', '.join(members)}" for name, members in groups.items()}
 
 
 def _listed(entries: Mapping[str, str]) -> str:

@@ -143,7 +143,8 @@ class Eval:
     """Names separated by commas; 'list' prints them all."""
 
     shots: str = "20"
-    """Labelled examples per class, or several numbers separated by commas (5,20)."""
+    """Labelled examples per class (in all, of tasks whose answers are written freely), or several numbers separated by
+    commas (5,20)."""
 
     seeds: Annotated[str, tyro.conf.arg(aliases=["--seed"])] = "0"
     """Of the draw of labelled examples, of --limit, and of random weights; or several separated by commas (0,1,2):

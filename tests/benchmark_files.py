@@ -157,9 +157,9 @@ def vizwiz_rows(part: str, number: int) -> list[dict[str, Any]]:
 def write_vizwiz(data: Path) -> None:
     for part, number in (("train", 6), ("val", 4)):
         rows = vizwiz_rows(part, number)
-        whole(data / "vizwiz-answerable" / f"{part}.json", rows)
+        whole(data / "vizwiz" / f"{part}.json", rows)
         for row in rows:
-            picture(data / "vizwiz-answerable" / part / row["image"])
+            picture(data / "vizwiz" / part / row["image"])
 
 
 def write_mhalubench(data: Path) -> None:
@@ -275,3 +275,142 @@ def write_blink(data: Path) -> None:
     for i in range(1, 4):
         for k in range(3):
             picture(data / "blink" / "images" / f"val_Art_Style_{i}_{k}.png")
+
+
+# Tasks with free answers
+
+
+def write_flickr30k(data: Path) -> None:
+    images = []
+    for i, split in enumerate(("train", "val", "test", "train", "test")):
+        raw = [f"A man rides horse number {i}.", f"Someone is riding {i}.", "A horse", "A rider .", "A man on a horse."]
+        images.append(
+            {
+                "sentids": list(range(5 * i, 5 * i + 5)),
+                "imgid": i,
+                "sentences": [
+                    {"tokens": text.strip(" .").lower().split(), "raw": text, "imgid": i, "sentid": 5 * i + k}
+                    for k, text in enumerate(raw)
+                ],
+                "split": split,
+                "filename": f"100009279{i}.jpg",
+            }
+        )
+        if split != "val":  # which is not read
+            picture(data / "flickr30k" / "flickr30k-images" / f"100009279{i}.jpg")
+    whole(data / "flickr30k" / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+
+
+def write_okvqa(data: Path) -> None:
+    for part, number in (("train", 3), ("val", 4)):
+        common = {"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": f"{part}2014"}
+        questions = [
+            {"image_id": 297140 + i // 2, "question": f"What sport is {i}?", "question_id": 2971470 + i}
+            for i in range(number)
+        ]
+        annotations = [
+            {
+                "image_id": question["image_id"],
+                "answer_type": "other",
+                "question_type": "four",
+                "question_id": question["question_id"],
+                "answers": [
+                    {
+                        "answer_id": k + 1,
+                        "raw_answer": "racing",
+                        "answer_confidence": "yes",
+                        "answer": "motocross" if k < 4 else f"race {question['question_id']}",
+                    }
+                    for k in range(10)
+                ],
+                "confidence": 3,
+            }
+            for question in questions
+        ]
+        folder = data / "okvqa"
+        whole(
+            folder / f"OpenEnded_mscoco_{part}2014_questions.json",
+            {**common, "task_type": "Open-Ended", "questions": questions},
+        )
+        # The answers need not come in the questions' order.
+        whole(folder / f"mscoco_{part}2014_annotations.json", {**common, "annotations": annotations[::-1]})
+        for question in questions:
+            picture(folder / f"{part}2014" / f"COCO_{part}2014_{question['image_id']:012}.jpg")
+
+
+def write_textvqa(data: Path) -> None:
+    for part, number in (("train", 3), ("val", 4)):
+        rows = [
+            {
+                "question": f"what is the brand of camera {i}?",
+                "image_id": f"{part}003a8ae2ef43b90{i // 2}",
+                "image_classes": ["Cassette deck"],
+                "flickr_original_url": "https://farm2.staticflickr.com/4/5_o.jpg",
+                "flickr_300k_url": "https://c4.staticflickr.com/5/4_z.jpg",
+                "image_width": 1024,
+                "image_height": 664,
+                "answers": ["dakota", "dakota digital"] * 5,
+                "question_tokens": ["what", "is"],
+                "question_id": 34602 + i,
+                "set_name": part,
+            }
+            for i in range(number)
+        ]
+        content = {"dataset_type": part, "dataset_name": "textvqa", "dataset_version": "0.5.1", "data": rows}
+        whole(data / "textvqa" / f"TextVQA_0.5.1_{part}.json", content)
+        for row in rows:
+            picture(data / "textvqa" / "train_images" / f"{row['image_id']}.jpg")
+
+
+def write_gqa(data: Path) -> None:
+    for part, number in (("val", 3), ("testdev", 4)):
+        rows: dict[str, dict[str, Any]] = {
+            f"20130725{i}": {
+                "semantic": [{"operation": "select", "dependencies": [], "argument": "scene"}],
+                "entailed": [],
+                "equivalent": [f"20130725{i}"],
+                "question": f"Is it overcast in {i}?",
+                "imageId": f"{part[0]}16131{i // 2}",
+                "isBalanced": True,
+                "groups": {"global": None, "local": "13-weather_overcast"},
+                "answer": "no" if i % 2 else "yes",
+                "semanticStr": "select: scene",
+                "annotations": {"answer": {}, "question": {}, "fullAnswer": {}},
+                "types": {"detailed": "weatherVerify", "semantic": "global", "structural": "verify"},
+                "fullAnswer": "No, it is clear.",
+            }
+            for i in range(number)
+        }
+        whole(data / "gqa" / f"{part}_balanced_questions.json", rows)
+        for row in rows.values():
+            picture(data / "gqa" / "images" / f"{row['imageId']}.jpg")
+
+
+def write_scienceqa(data: Path) -> None:
+    splits = {"1": "train", "2": "train", "5": "val", "11": "test", "22": "test", "33": "test"}
+    problems = {
+        pid: {
+            "question": f"Which of these states is farthest north in {pid}?",
+            "choices": ["West Virginia", "Louisiana", "Arizona"][: 3 - int(pid) % 2],
+            "answer": int(pid) % 2,
+            "hint": "" if pid in ("1", "22") else "A hint.",
+            "image": None if pid in ("2", "33") else "image.png",
+            "task": "closed choice",
+            "grade": "grade2",
+            "subject": "social science",
+            "topic": "geography",
+            "category": "Geography",
+            "skill": "Read a map: cardinal directions",
+            "lecture": "Maps have four cardinal directions.",
+            "solution": "To find the answer, look at the compass rose.",
+            "split": split,
+        }
+        for pid, split in splits.items()
+    }
+    whole(data / "scienceqa" / "problems.json", problems)
+    parts = {name: [pid for pid, of in splits.items() if of == name] for name in ("train", "val", "test")}
+    more = {"trainval": parts["train"] + parts["val"], "minitrain": [], "minival": [], "minitest": []}
+    whole(data / "scienceqa" / "pid_splits.json", parts | more)
+    for pid, problem in problems.items():
+        if problem["image"] and splits[pid] != "val":
+            picture(data / "scienceqa" / "images" / splits[pid] / pid / "image.png")

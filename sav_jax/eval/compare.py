@@ -2,7 +2,8 @@
 
 Two accuracies on the same queries are compared query by query, which sees differences that two intervals side by side
 do not. What is compared is accuracy, which every answer has, and the task's own metric where that is another: group by
-group where it is a mean over groups, else (AUROC, F1) by computing it anew on resampled queries.
+group where it is a mean over groups, else (AUROC, F1) by computing it anew on resampled queries. Free answers have no
+accuracy: what each scores by their task's metric is compared.
 """
 
 from __future__ import annotations
@@ -162,6 +163,8 @@ def task_metric(results: Results, task: str) -> Metric | None:
     from sav_jax.eval.tasks import TASKS
 
     name = results.tasks[task].get("metric")
+    if results.generative(task):  # whose values are stored with the answers
+        return Metric(results.graded(task), "", lambda _: None)
     own = TASKS[task].metrics if task in TASKS else ()
     return next((metric for metric in (*COMMON, *own) if metric.name == name), None)
 
@@ -183,10 +186,10 @@ def _units(
     a: Mapping[int, Answered], b: Mapping[int, Answered], metric: Metric
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[Sequence[str]]] | None:
     """For each seed: the units' values under A and B, float [U] twice, and their clusters; None if it is no mean."""
-    if metric is ACCURACY:  # as it was counted
-        right = ([of[seed].right.astype(np.float64) for seed in a] for of in (a, b))
+    if all(of_seed.graded == metric.name for of in (a, b) for of_seed in of.values()):  # as it was counted
+        scores = ([of[seed].scores.astype(np.float64) for seed in a] for of in (a, b))
         clusters: list[Sequence[str]] = [[query.cluster for query in of_seed.queries] for of_seed in a.values()]
-        return *right, clusters  # type: ignore[return-value]
+        return *scores, clusters  # type: ignore[return-value]
     found = [[metric.compute(of[seed].answers) for seed in a] for of in (a, b)]
     if any(value is None for of in found for value in of):
         raise ValueError(f"{metric.name} does not apply")
@@ -253,8 +256,11 @@ def compare(a: Results, b: Results | None, *, baseline: str | None = None, metho
             continue
         if (answers := _matched(a, other, run_b, baseline or run_b.method, notes)) is None:
             continue
-        found.append((run_b, pair(*answers), tuple(answers[0])))
         metric = task_metric(other, run_b.task)
+        if other.generative(run_b.task) and metric is not None:
+            found.append((run_b, pair(*answers, metric), tuple(answers[0])))
+            continue
+        found.append((run_b, pair(*answers), tuple(answers[0])))
         name = other.tasks[run_b.task].get("metric", "acc")
         if name == ACCURACY.name:
             continue
@@ -427,13 +433,17 @@ def table(compared: Compared) -> str:
             "",
             aligned([*head, "verdict"], rows, text),
             "",
-            "A, B: accuracy (acc), or the task's own metric, in %; B - A: in percentage points, with its interval by "
-            "paired bootstrap of queries or their groups. p: "
+            f"A, B: accuracy (acc), or the task's own metric, in %{_cider(compared)}; B - A: in percentage points, "
+            "with its interval by paired bootstrap of queries or their groups. p: "
             f"{' or '.join(used)}, two-sided; p (Holm): corrected for {len(rows)} comparison{'s' * (len(rows) > 1)}. "
             f"'Better' means p (Holm) below {ALPHA}.",
             *(f"note: {note}" for note in compared.notes),
         ]
     )
+
+
+def _cider(compared: Compared) -> str:
+    return " (cider: CIDEr-D times 100)" if any(row.paired.metric == "cider" for row in compared.rows) else ""
 
 
 def p_value(p: float) -> str:

@@ -214,7 +214,9 @@ class Features:
 
     @property
     def targets(self) -> np.ndarray:
-        """Class of each support example, int [S]: its column."""
+        """Class of each support example, int [S]: its column. All 0 in a generative task, which has no classes."""
+        if self.task.generative:
+            return np.zeros(len(self.split.support), np.int64)
         column = {label: i for i, label in enumerate(self.split.labels)}
         return np.array([column[item.label] for item in self.split.support], np.int64)
 
@@ -243,6 +245,9 @@ class Features:
     @functools.cached_property
     def texts(self) -> tuple[str, ...]:
         """What the model writes after each query, Q texts."""
+        if self.task.generative:  # neither heads nor the support are of use
+            readings = self.answers([item.example for item in self.split.queries])
+            return tuple(generation.text for generation in readings.generations)
         generations = self._universe.readings.generations
         return tuple(generations[row].text for row in self._queries)
 

@@ -21,13 +21,14 @@ class Answers:
     """One method's answers to the queries of one split.
 
     Attributes:
-      items: Q queries with their right labels.
-      labels: C class names, the order of the columns.
-      predictions: Q class names; "" where the method gave none.
+      items: Q queries with their right labels, or with references.
+      labels: C class names, the order of the columns; none in a generative task.
+      predictions: Q class names, or in a generative task texts; "" where the method gave none.
       scores: float [Q, C], any number that is larger for likelier classes, or None.
       probabilities: float [Q, C], rows sum to 1, or None.
       texts: what the model wrote, of methods that let it write.
       names: Q names of the queries, the same in every split that asks them; by default their ids.
+      corpus: references of each of all queries, asked or not, of a generative task; () for those of ``items``.
     """
 
     items: tuple[Item, ...]
@@ -37,6 +38,7 @@ class Answers:
     probabilities: np.ndarray | None = None
     texts: tuple[str, ...] | None = None
     names: tuple[str, ...] = ()
+    corpus: tuple[tuple[str, ...], ...] = ()
 
     @property
     def clusters(self) -> tuple[str, ...]:
@@ -301,4 +303,4 @@ COMMON: tuple[Metric, ...] = (
         higher_is_better=False,
     ),
 )
-"""The metrics of every task, where they apply."""
+"""The metrics of every classification task, where they apply."""

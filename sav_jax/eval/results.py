@@ -17,7 +17,7 @@ import numpy as np
 from sav_jax.eval.calibration import fit_temperature, probabilities
 from sav_jax.eval.features import Features
 from sav_jax.eval.methods.base import Method, Outcome
-from sav_jax.eval.metrics import COMMON, Answers, Metric, Units
+from sav_jax.eval.metrics import Answers, Metric, Units
 from sav_jax.eval.statistics import Interval, cluster_interval, resampled_interval
 from sav_jax.eval.sweeps import Sweep
 from sav_jax.eval.tables import aligned
@@ -75,7 +75,7 @@ def make_run(
         shares = probabilities(outcome.scores, temperature)
     if outcome.predictions is not None:
         answers = Answers(
-            split.queries, split.labels, outcome.predictions, outcome.scores, shares, outcome.texts, names
+            split.queries, split.labels, outcome.predictions, outcome.scores, shares, outcome.texts, names, split.corpus
         )
     return Run(
         task=features.task,
@@ -147,7 +147,7 @@ def summarise(key: str, runs: Sequence[Run]) -> Summary:
         return Summary(key, runs, {"acc": _estimate(values, None)})
     answers = [run.answers for run in runs if run.answers is not None]
     metrics = {}
-    for metric in (*COMMON, *task.metrics):
+    for metric in task.all_metrics:
         estimate = _measure(metric, answers, primary=metric.name == task.metric)
         if estimate is not None:
             metrics[metric.name] = estimate
@@ -193,7 +193,7 @@ def _subsets(task: Task, answers: Sequence[Answers]) -> dict[str, dict[str, floa
     found: dict[str, dict[str, float]] = {}
     for subset in sorted({item.subset for part in answers for item in part.items if item.subset}):
         parts = [part.take(np.flatnonzero([item.subset == subset for item in part.items])) for part in answers]
-        for metric in (*COMMON, *task.metrics):
+        for metric in task.all_metrics:
             values = [metric.compute(part) for part in parts if part.items]
             numbers = [float(v.values.mean()) if isinstance(v, Units) else v for v in values if v is not None]
             if numbers:
@@ -308,10 +308,7 @@ def results_json(
     means = _groups_json(summaries, subtasks)
     for group, scores in means.items():
         results[group] = {"alias": group} | {f"mean,{name}": score["mean"] for name, score in scores.items()}
-    better = {metric.name: metric.higher_is_better for metric in COMMON}
-    of_task = {
-        key: better | {metric.name: metric.higher_is_better for metric in first[key].task.metrics} for key in keys
-    }
+    of_task = {key: {metric.name: metric.higher_is_better for metric in first[key].task.all_metrics} for key in keys}
     content = {
         "results": results,
         "groups": {group: results[group] for group in means},
@@ -352,13 +349,13 @@ def _task_config(summary: Summary) -> dict[str, Any]:
     return {
         "task": task.name,
         "description": task.description,
-        "output_type": "multiple_choice",
-        "doc_to_choice": split.labels,
+        "output_type": "generate_until" if task.generative else "multiple_choice",
+        **({} if task.generative else {"doc_to_choice": split.labels}),
         "doc_to_text": sorted({item.example.question for item in split.queries})[:10],
         "num_fewshot": summary.shots,
         "metric_list": [
             {"metric": metric.name, "aggregation": "mean", "higher_is_better": metric.higher_is_better}
-            for metric in (*COMMON, *task.metrics)
+            for metric in task.all_metrics
             if metric.name in summary.metrics
         ],
         "metadata": {"version": task.version},
@@ -368,6 +365,7 @@ def _task_config(summary: Summary) -> dict[str, Any]:
 def _task_json(task: Task, split: Split) -> dict[str, Any]:
     return {
         "description": task.description,
+        "kind": task.kind,
         "labels": split.labels,
         "metric": task.metric,
         "version": task.version,
@@ -462,6 +460,7 @@ def samples_jsonl(summaries: Sequence[Summary], fingerprint: str | None = None) 
 def _samples(run: Run, fingerprint: str | None) -> bytes:
     answers, lines = run.answers, []
     assert answers is not None
+    graded = _graded(run.task, answers)
     for index, (item, prediction) in enumerate(zip(answers.items, answers.predictions, strict=True)):
         said = prediction if answers.texts is None else answers.texts[index]
         line: dict[str, Any] = {
@@ -485,10 +484,20 @@ def _samples(run: Run, fingerprint: str | None) -> bytes:
             "task_version": run.task.version,
             "model_fingerprint": fingerprint,
             "sav_jax_version": importlib.metadata.version("sav-jax"),
-            "acc": float(prediction == item.example.label),
         }
+        if run.task.generative:
+            line["references"] = item.references
+            line |= {name: float(values[index]) for name, values in graded.items()}
+        else:
+            line["acc"] = float(prediction == item.example.label)
         if answers.probabilities is not None:
             shares = zip(answers.labels, answers.probabilities[index], strict=True)
             line["probabilities"] = {label: float(f"{p:.9g}") for label, p in shares}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
+
+
+def _graded(task: Task, answers: Answers) -> dict[str, np.ndarray]:
+    """What each answer to a generative task's queries scores, metric -> float [Q]."""
+    found = {metric.name: metric.compute(answers) for metric in task.metrics if task.generative}
+    return {name: value.values for name, value in found.items() if isinstance(value, Units)}

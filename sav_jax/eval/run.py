@@ -114,7 +114,7 @@ def evaluate(
       UserError: for bad input; nothing is then written.
     """
     check_output_folder(output)
-    _check(plan, methods)
+    _check(plan, methods, tasks)
     began, start = datetime.datetime.now(datetime.UTC), time.perf_counter()
     reader = Reader(load, plan.batch_size, plan.cache)
     summaries: list[Summary] = []
@@ -206,7 +206,7 @@ def evaluate(
     return summaries
 
 
-def _check(plan: Plan, methods: Sequence[Method]) -> None:
+def _check(plan: Plan, methods: Sequence[Method], tasks: Sequence[Task]) -> None:
     for what, values in (("--shots", plan.shots), ("--seeds", plan.seeds)):
         if not values:
             raise UserError(f"{what} names no number")
@@ -222,6 +222,16 @@ def _check(plan: Plan, methods: Sequence[Method]) -> None:
         raise UserError(f"--lora-rates must be above 0, not {', '.join(map(str, plan.lora_rates))}")
     if plan.mtv.steps < 0:
         raise UserError(f"--mtv-steps must be at least 0, not {plan.mtv.steps}")
+    free = [task.name for task in tasks if task.generative]
+    mute = [method.name for method in methods if not method.generates]
+    if free and mute:
+        from sav_jax.eval.methods import METHODS
+
+        able = ", ".join(method.name for method in METHODS.values() if method.generates)
+        raise UserError(
+            f"--methods: {', '.join(mute)} only choose{'s' * (len(mute) == 1)} among classes, and the answers to "
+            f"{', '.join(free)} are written freely; methods that write: {able}"
+        )
 
 
 def _split(task: Task, plan: Plan) -> tuple[tuple[Item, ...], dict[tuple[int, int], Split], Digests, dict[int, int]]:
@@ -257,7 +267,8 @@ def _described(splits: Mapping[tuple[int, int], Split]) -> str:
     queries = " or ".join(dict.fromkeys(str(len(split.queries)) for split in splits.values()))
     leaked = max(split.leaked for split in splits.values())
     told = f"; {leaked} QUERIES ALSO STAND IN THE SUPPORT" if leaked else ""
-    return f"{len(first.labels)} classes, {support} labelled examples, {queries} queries{told}"
+    kind = f"{len(first.labels)} classes" if first.labels else "free answers"
+    return f"{kind}, {support} labelled examples, {queries} queries{told}"
 
 
 def _say(text: str) -> None:

@@ -33,7 +33,8 @@ class Query:
     Attributes:
       digest: SHA-256 of question, images and right label ("doc_hash").
       id, group, subset, role: of the item; "" for none.
-      question, target: as asked, and the right label.
+      question, target: as asked, and the right label (of a task with free answers: one of the references).
+      references: people's answers, of a task with free answers.
     """
 
     digest: str
@@ -43,6 +44,7 @@ class Query:
     question: str
     target: str
     role: str = ""
+    references: tuple[str, ...] = ()
 
     @property
     def cluster(self) -> str:
@@ -56,17 +58,24 @@ class Answered:
 
     Attributes:
       queries: Q.
-      predictions: Q class names; "" for none.
-      right: bool [Q].
+      predictions: Q class names or free answers; "" for none.
+      scores: float [Q], what each scores: 1 for right and 0 for wrong, or in a task with free answers its metric.
       probabilities: float [Q, C], None if the method has none.
       labels: C class names, the order of the columns.
+      graded: the metric that ``scores`` are of.
     """
 
     queries: tuple[Query, ...]
     predictions: tuple[str, ...]
-    right: np.ndarray
+    scores: np.ndarray
     probabilities: np.ndarray | None
     labels: tuple[str, ...] = ()
+    graded: str = "acc"
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether each is fully right, bool [Q]."""
+        return self.scores == 1
 
     @cached_property
     def answers(self) -> Answers:
@@ -84,9 +93,10 @@ class Answered:
         return Answered(
             tuple(self.queries[row] for row in rows),
             tuple(self.predictions[row] for row in rows),
-            self.right[index],
+            self.scores[index],
             None if self.probabilities is None else self.probabilities[index],
             self.labels,
+            self.graded,
         )
 
 
@@ -163,13 +173,24 @@ class Results:
 
     @cached_property
     def tasks(self) -> dict[str, dict[str, Any]]:
-        """Task -> "labels" (checked), "description", "version", "source", "prompt"."""
+        """Task -> "labels" (checked), "kind", "metric", "description", "version", "source", "prompt"."""
         tasks = self._get(self.ours, "tasks", dict, "sav_jax.")
         for name in dict.fromkeys(run.task for run in self.runs):
-            labels = self._get(self._get(tasks, name, dict, "sav_jax.tasks."), "labels", list, f"sav_jax.tasks.{name}.")
-            if not labels or not all(isinstance(label, str) for label in labels):
+            task = self._get(tasks, name, dict, "sav_jax.tasks.")
+            labels = self._get(task, "labels", list, f"sav_jax.tasks.{name}.")
+            if task.get("kind") == "generation":
+                self._get(task, "metric", str, f"sav_jax.tasks.{name}.")
+            elif not labels or not all(isinstance(label, str) for label in labels):
                 raise UserError(f'{self.file}: field "sav_jax.tasks.{name}.labels" is no list of class names')
         return tasks
+
+    def generative(self, task: str) -> bool:
+        """Whether a task's answers are written freely."""
+        return bool(self.tasks[task].get("kind") == "generation")
+
+    def graded(self, task: str) -> str:
+        """The metric that every single answer to a task has: accuracy, or a generative task's own."""
+        return str(self.tasks[task]["metric"]) if self.generative(task) else "acc"
 
     def run(self, task: str, shots: int, method: str) -> Stored | None:
         for run in self.runs:
@@ -252,13 +273,15 @@ class Results:
     def _read_answers(self, key: str) -> dict[tuple[str, int], Answered]:
         file = self.folder / f"samples_{key}.jsonl"
         runs = [run for run in self.runs if run.key == key]
-        labels = {label: i for i, label in enumerate(self.tasks[runs[0].task]["labels"])}
+        task = runs[0].task
+        labels = {label: i for i, label in enumerate(self.tasks[task]["labels"])}
+        free, graded = self.generative(task), self.graded(task)
         rows: dict[tuple[str, int], list[_Row]] = {}
         known: dict[Query, Query] = {}  # one object per query, however many methods and seeds
         try:
             with file.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
-                    method, seed, row = _read_row(line, f"{file} row {number}", labels)
+                    method, seed, row = _read_row(line, f"{file} row {number}", labels, graded, free=free)
                     row.query = known.setdefault(row.query, row.query)
                     rows.setdefault((method, seed), []).append(row)
         except FileNotFoundError:
@@ -269,7 +292,8 @@ class Results:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         self._check_counts(file, runs, {name: len(of) for name, of in rows.items()})
         return {
-            name: _gather(of, tuple(labels), f"{file}, method {name[0]}, seed {name[1]}") for name, of in rows.items()
+            name: _gather(of, tuple(labels), graded, f"{file}, method {name[0]}, seed {name[1]}")
+            for name, of in rows.items()
         }
 
     def _check_counts(self, file: Path, runs: list[Stored], counts: dict[tuple[str, int], int]) -> None:
@@ -295,11 +319,12 @@ class Results:
 class _Row:
     query: Query
     prediction: str
-    right: bool
+    score: float
     probabilities: np.ndarray | None
 
 
-def _read_row(line: str, where: str, labels: Mapping[str, int]) -> tuple[str, int, _Row]:
+def _read_row(line: str, where: str, labels: Mapping[str, int], graded: str, *, free: bool) -> tuple[str, int, _Row]:
+    """A row of a task with these labels, or with free answers graded by a metric: method, seed and the rest."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -315,15 +340,16 @@ def _read_row(line: str, where: str, labels: Mapping[str, int]) -> tuple[str, in
         question=_field(row, "input", str, where),
         target=_field(row, "target", str, where),
         role=str(doc.get("role") or ""),
+        references=tuple(map(str, _field(row, "references", list, where))) if free else (),
     )
-    if query.target not in labels:
+    if not free and query.target not in labels:
         raise UserError(f'{where}: field "target" is {query.target!r}, which is no label of the task')
     answers = _field(row, "filtered_resps", list, where)
     if len(answers) != 1 or not isinstance(answers[0], str):
         raise UserError(f'{where}: field "filtered_resps" is not one text in a list')
-    right = _field(row, "acc", float, where)
-    if right not in (0, 1):
-        raise UserError(f'{where}: field "acc" is {right}, neither 0 nor 1')
+    score = _field(row, graded, float, where)
+    if not free and score not in (0, 1):
+        raise UserError(f'{where}: field "acc" is {score}, neither 0 nor 1')
     shares = row.get("probabilities")
     vector = None
     if shares is not None:
@@ -331,19 +357,20 @@ def _read_row(line: str, where: str, labels: Mapping[str, int]) -> tuple[str, in
             raise UserError(f'{where}: field "probabilities" is not one number for each label of the task')
         vector = np.array([shares[label] for label in labels], np.float64)
     method, seed = _field(row, "filter", str, where), _field(row, "seed", int, where)
-    return method, seed, _Row(query, answers[0], right == 1, vector)
+    return method, seed, _Row(query, answers[0], score, vector)
 
 
-def _gather(rows: list[_Row], labels: tuple[str, ...], where: str) -> Answered:
+def _gather(rows: list[_Row], labels: tuple[str, ...], graded: str, where: str) -> Answered:
     vectors = [row.probabilities for row in rows if row.probabilities is not None]
     if vectors and len(vectors) < len(rows):
         raise UserError(f'{where}: only {len(vectors)} of {len(rows)} rows have the field "probabilities"')
     return Answered(
         queries=tuple(row.query for row in rows),
         predictions=tuple(row.prediction for row in rows),
-        right=np.array([row.right for row in rows]),
+        scores=np.array([row.score for row in rows], np.float64),
         probabilities=np.stack(vectors) if vectors else None,
         labels=labels,
+        graded=graded,
     )
 
 

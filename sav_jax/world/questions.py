@@ -199,13 +199,30 @@ def _is_related(scene: Scene, rng: np.random.Generator) -> QA:
     return _ask(rng, "is related", "yes" if i == claimed else "no", relation=_RELATIONS[scene.layout][claimed], **words)
 
 
+def captions(scene: Scene) -> tuple[str, ...]:
+    """A scene of one or two things in words, as several people might put it; training says the first."""
+    ground = f"on {_a(scene.background)} background"
+    if scene.kind != "pair":
+        thing = phrase(scene.thing)
+        return (
+            f"{thing} on {scene.background}",
+            f"{_a(thing)} {ground}",
+            f"{_a(scene.background)} background with {_a(thing)}",
+        )
+    (one, two), (before, after) = map(phrase, scene.things), _RELATIONS[scene.layout]
+    return (
+        f"{one} {before} {two} on {scene.background}",
+        f"{_a(one)} {before} {_a(two)} {ground}",
+        f"{_a(two)} {after} {_a(one)} {ground}",
+    )
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeio8' else 'a'} {noun}"
+
+
 def _caption(scene: Scene, rng: np.random.Generator) -> QA:
-    if scene.kind == "pair":
-        relation = _RELATIONS[scene.layout][0]
-        answer = f"{phrase(scene.things[0])} {relation} {phrase(scene.things[1])}"
-    else:
-        answer = phrase(scene.thing)
-    return _ask(rng, "caption", f"{answer} on {scene.background}")
+    return _ask(rng, "caption", captions(scene)[0])
 
 
 _Asker = Callable[[Scene, np.random.Generator], QA]

@@ -45,7 +45,7 @@ FILES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "naturalbench": ("naturalbench", write_naturalbench, "naturalbench/naturalbench.jsonl"),
     "retrieval": ("naturalbench-retrieval", write_retrieval, "naturalbench-retrieval/naturalbench_ret_test.jsonl"),
     "sugarcrepe": ("sugarcrepe", write_sugarcrepe, "sugarcrepe/add_att.json"),
-    "vizwiz": ("vizwiz-answerable", write_vizwiz, "vizwiz-answerable/val.json"),
+    "vizwiz": ("vizwiz-answerable", write_vizwiz, "vizwiz/val.json"),
     "mhalubench": ("mhalubench", write_mhalubench, "mhalubench/MHaluBench_train.json"),
     "mhalubench val": ("mhalubench", write_mhalubench_val, "mhalubench/MHaluBench_val-v0.1.json"),
     "vlguard": ("vlguard", write_vlguard, "vlguard/test.json"),

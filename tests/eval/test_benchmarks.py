@@ -216,14 +216,14 @@ def test_vizwiz(tmp_path: Path) -> None:
         "\nWhat is number 0? \nWhen the provided information is insufficient, respond with Unanswerable.\n"
         "Answer the question using a single word or phrase."
     )
-    (tmp_path / "vizwiz-answerable" / "train.json").unlink()
+    (tmp_path / "vizwiz" / "train.json").unlink()
     alone = load("vizwiz-answerable", tmp_path)
     assert alone.queries is None, "without train, support is drawn from val"
     assert facts(alone.pool) == facts(data.queries)
 
 
 def test_vizwiz_from_rows_as_those_of_savs(tmp_path: Path) -> None:
-    folder = tmp_path / "vizwiz-answerable"
+    folder = tmp_path / "vizwiz"
     rows = [
         {"image": f"/datasets/vizwiz/val/{i}.jpg", "question": "What?", "question_id": i, "label": label}
         for i, label in enumerate(("answerable", "unanswerable"))

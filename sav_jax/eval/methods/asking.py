@@ -23,15 +23,20 @@ def _zero_shot_likelihood(features: Features) -> Outcome:
 
 
 def written(features: Features, texts: tuple[str, ...]) -> Outcome:
-    """The label that each of Q texts, written about the queries, answers with."""
+    """The label that each of Q texts, written about the queries, answers with; in a generative task the answer itself.
+
+    What every method that writes (``Method.generates``) ends with.
+    """
     task, split = features.task, features.split
     predictions = []
     for item, text in zip(split.queries, texts, strict=True):
         if task.parse is not None:
-            label = task.parse(text, item)
+            answer = task.parse(text, item)
+        elif task.generative:
+            answer = text.strip()
         else:
-            label = parse_answer(text, {label: task.answer(label) for label in item.offered or split.labels})
-        predictions.append(label or "")
+            answer = parse_answer(text, {label: task.answer(label) for label in item.offered or split.labels})
+        predictions.append(answer or "")
     return Outcome(tuple(predictions), texts=texts)
 
 
@@ -51,7 +56,7 @@ def offered(features: Features, scores: np.ndarray) -> np.ndarray:
 
 
 METHODS = (
-    Method("zero-shot", "ask the model and read its answer", _zero_shot, uses_support=False),
+    Method("zero-shot", "ask the model and read its answer", _zero_shot, uses_support=False, generates=True),
     Method(
         "zero-shot-likelihood",
         "ask the model: the class whose answer it finds likeliest",

@@ -24,7 +24,7 @@ class Settings:
     """What a method is run with.
 
     Attributes:
-      shots: labelled examples per class.
+      shots: labelled examples per class, or in all in a generative task.
       seed: of the draws and of random weights.
       num_heads: heads that vote.
       demonstrations: labelled examples in the prompt of in-context learning.
@@ -57,7 +57,8 @@ class Outcome:
     """A method's answers.
 
     Attributes:
-      predictions: a class name per query ("" for none); None if the method only has an expected accuracy.
+      predictions: a class name per query ("" for none), or in a generative task a text; None if the method only has an
+        expected accuracy.
       scores: float [Q, C], any number that is larger for likelier classes; None if there is none. Probabilities are
         softmax(scores / T).
       support_scores: float [S, C], the same of each support example when it is left out of what it is compared with;
@@ -87,6 +88,8 @@ class Method:
       run: answers the queries.
       uses_support: whether it looks at the labelled examples.
       optional: why it may be impossible to run where others can ("needs --clip"), "" if it always runs.
+      generates: whether it writes a text about each query, given the support, and returns
+        ``sav_jax.eval.methods.asking.written(features, texts)``: such a method serves generative tasks, too.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Method:
     run: Callable[[Features], Outcome]
     uses_support: bool = True
     optional: str = ""
+    generates: bool = False
 
 
 def named(split: Split, columns: np.ndarray) -> tuple[str, ...]:

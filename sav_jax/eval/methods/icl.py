@@ -16,7 +16,8 @@ template that renders an assistant's words, which base models have not; one turn
 
 The demonstrations of a run are the same before every query. Classes take turns in an order drawn by seed, and each
 gives one of its support examples, drawn too; so classes differ by one at most, fewer demonstrations begin more of them,
-and what choice and order are worth shows as the spread over seeds.
+and what choice and order are worth shows as the spread over seeds. In a generative task, which has no classes, they are
+drawn from the whole support.
 
 Axes: S support examples, Q queries, C classes.
 """
@@ -113,6 +114,11 @@ def _marked(example: Example) -> str:
 
 
 METHODS = (
-    Method("icl", "in-context learning: --demonstrations labelled examples in the prompt, read its answer", _icl),
+    Method(
+        "icl",
+        "in-context learning: --demonstrations labelled examples in the prompt, read its answer",
+        _icl,
+        generates=True,
+    ),
     Method("icl-likelihood", "in-context learning: the class whose answer it finds likeliest", _icl_likelihood),
 )

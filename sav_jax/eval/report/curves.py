@@ -10,7 +10,7 @@ import numpy as np
 from sav_jax.errors import UserError
 from sav_jax.eval.report.drawing import Figure, draw, legend_below, line_style, panels, shares_as_percent
 from sav_jax.eval.report.table import Cell, Column, Row, Table
-from sav_jax.eval.report.words import metric_name
+from sav_jax.eval.report.words import counted, metric_name
 from sav_jax.eval.stored import Results
 
 _MOST_LINES = 7
@@ -45,7 +45,8 @@ def shots_figure(table: Table) -> Figure | None:
             axis.set_xticks(counts, [str(count) for count in counts])
             axis.minorticks_off()
             axis.set_xlim(counts[0] / 1.15, counts[-1] * 1.15)
-            axis.set_xlabel("labelled examples per class (shots)")
+            per_class = "" if columns[0].generative else " per class"
+            axis.set_xlabel(f"labelled examples{per_class} (shots)")
             axis.set_ylabel(f"{metric_name(columns[0].metric)} (%)")
             shares_as_percent(axis.yaxis)
         legend_below(
@@ -62,7 +63,8 @@ def shots_figure(table: Table) -> Figure | None:
     return Figure(
         "figure_shots.svg",
         draw(make),
-        f"Line chart: {metric_name(table.columns[0].metric)} against labelled examples per class, for {_names(tasks)}.",
+        f"Line chart: {metric_name(table.columns[0].metric)} against labelled examples{counted(table)}, for "
+        f"{_names(tasks)}.",
         "What more labelled examples bring: one line per method, vertical strokes are 95 % intervals. Lines that rise "
         "to the right profit from more examples; methods without labelled examples stay flat but for the queries that "
         f"more support takes away.{which}",

@@ -12,6 +12,7 @@ from sav_jax.eval.report.table import Row, Table
 from sav_jax.eval.report.words import (
     chunks,
     column_name,
+    counted,
     in_short,
     interval,
     legend,
@@ -72,7 +73,7 @@ def _lead(results: Sequence[Results], table: Table) -> str:
     seeds = max(len(run.seeds) for of in results for run in of.runs)
     return (
         f"{methods} method{'s' * (methods != 1)} on {tasks} task{'s' * (tasks != 1)}, with "
-        f"{listed([str(count) for count in counts])} labelled example{'s' * (counts != [1])} per class and "
+        f"{listed([str(count) for count in counts])} labelled example{'s' * (counts != [1])}{counted(table)} and "
         f"{seeds} seed{'s' * (seeds != 1)}. "
         f"{'In each folder all' if _torn(results) else 'All'} methods see the same labelled examples and answer "
         "the same queries."

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from sav_jax.errors import UserError
 from sav_jax.eval.report.confidence import reliability_figure, risk_figure, sureness
 from sav_jax.eval.report.drawing import Figure
 from sav_jax.eval.report.heatmaps import confusion_counts, confusion_figure, confusions, head_figure
 from sav_jax.eval.report.table import Table
-from sav_jax.eval.report.words import chunks, metric_description, metric_name, percent, shots
+from sav_jax.eval.report.words import chunks, metric_description, metric_name, one_line, per_class, percent, scale
 from sav_jax.eval.stored import Answered, Results, Stored
 
 _MOST_CARDS = 8
 _MOST_HEAD_MAPS = 3
 _MOST_COLUMNS = 6
+_MOST_ANSWERS, _MOST_REFERENCES = 12, 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Section:
       heads, confusion, confidence: pictures.
       mistakes: the most frequent confusions.
       cards: the queries the heads disagree on most.
+      written: free answers, from the worst to the best; None if answers are labels.
       note: why something is missing, "" if nothing is.
     """
 
@@ -80,6 +85,7 @@ class Section:
     confidence: tuple[Figure, ...]
     mistakes: tuple[tuple[str, str, int, float], ...]
     cards: tuple[Card, ...]
+    written: Grid | None
     note: str
 
     @property
@@ -98,7 +104,7 @@ def make_section(results: Results, table: Table, source: int, task: str, key: st
       key: of the number of shots that pictures show.
       number: of the section, for the names of files.
     """
-    facts = results.tasks[task]
+    facts, free = results.tasks[task], results.generative(task)
     labels = facts["labels"]
     place = {row.method: i for i, row in enumerate(row for row in table.rows if row.source == source)}
     runs = sorted((run for run in results.runs if run.task == task), key=lambda run: (run.shots, place[run.method]))
@@ -114,13 +120,15 @@ def make_section(results: Results, table: Table, source: int, task: str, key: st
     confusion: list[Figure] = []
     confidence: list[Figure] = []
     mistakes: list[tuple[str, str, int, float]] = []
-    note = ""
+    written, note = None, ""
     if results.has_answers(key):
         answers: dict[str, list[Answered]] = {}
         for (method, _), answered in results.answers(key).items():
             answers.setdefault(method, []).append(answered)
         ranked = [run for run in best if run.method in answers]
-        if ranked:
+        if ranked and free:
+            written = _written(ranked[0].method, answers[ranked[0].method][0], results.graded(task))
+        elif ranked:
             counts = confusion_counts(answers[ranked[0].method], labels)
             file = f"figure_{number}_confusion.svg"
             confusion.append(confusion_figure(counts, labels, ranked[0].method, file))
@@ -131,7 +139,8 @@ def make_section(results: Results, table: Table, source: int, task: str, key: st
             confidence.append(reliability_figure(sure, errors, f"figure_{number}_reliability.svg"))
             confidence.append(risk_figure(sure, place, f"figure_{number}_risk.svg"))
     else:
-        note = "Single answers were not written (--log-samples): pictures of confusions and confidence are left out."
+        missing = "examples of them" if free else "pictures of confusions and confidence"
+        note = f"Single answers were not written (--log-samples): {missing} are left out."
 
     return Section(
         title=task if len(table.sources) == 1 else f"{task} ({table.sources[source]})",
@@ -140,15 +149,43 @@ def make_section(results: Results, table: Table, source: int, task: str, key: st
         prompt=_text(facts, "prompt"),
         labels=tuple(labels),
         counts=_counts(results, key),
-        shots=shots(shown[0].shots),
+        shots=per_class(shown[0].shots, free),
         grids=_grids(runs, results),
         heads=tuple(heads),
         confusion=tuple(confusion),
         confidence=tuple(confidence),
         mistakes=tuple(mistakes),
         cards=_cards(results, key),
+        written=written,
         note=note,
     )
+
+
+def _written(method: str, answered: Answered, metric: str) -> Grid:
+    """Answers at even steps from the worst to the best."""
+    order = np.argsort(answered.scores, kind="stable")
+    places = np.unique(np.linspace(0, len(order) - 1, min(len(order), _MOST_ANSWERS)).round().astype(int))
+    rows = []
+    for place in order[places].tolist():
+        query = answered.queries[place]
+        known = Counter(query.references)  # people often agree
+        references = "; ".join(f"{text} ({n})" if n > 1 else text for text, n in known.most_common(_MOST_REFERENCES))
+        more = len(known) - _MOST_REFERENCES
+        cells = (
+            one_line(query.question),
+            answered.predictions[place] or "(none)",
+            references + (f"; and {more} more" if more > 0 else ""),
+            percent(answered.scores[place]),
+        )
+        rows.append((query.id, cells))
+    title = f"Answers of {method} under the first seed, from the worst to the best at even steps"
+    heads = (
+        ("question", ""),
+        ("answer", ""),
+        ("references", ""),
+        (f"{metric_name(metric)} {scale(metric)}", ""),
+    )
+    return Grid(title, heads, tuple(rows))
 
 
 def _best_first(runs: Sequence[Stored], results: Results) -> list[Stored]:
@@ -176,13 +213,15 @@ def _grids(runs: Sequence[Stored], results: Results) -> tuple[Grid, ...]:
         cells = [[_number(run, name) for name in names] for run in of_key]
         for row, run in zip(cells, of_key, strict=True):
             row.append("" if run.seconds is None else f"{run.seconds:.1f}")
-        grids += _in_parts(f"All metrics, {shots(of_key[0].shots)} per class", heads, of_key, cells)
+        free = results.generative(of_key[0].task)
+        grids += _in_parts(f"All metrics, {per_class(of_key[0].shots, free)}", heads, of_key, cells)
     for key in dict.fromkeys(run.key for run in runs):
         of_key = [run for run in runs if run.key == key and run.subsets]
         if of_key:
             subsets = list(dict.fromkeys(subset for run in of_key for subset in run.subsets))
             cells = [[_of_subset(run, subset) for subset in subsets] for run in of_key]
-            title = f"Parts of the data, {shots(of_key[0].shots)} per class: {metric_name(of_key[0].metric)} in percent"
+            told = per_class(of_key[0].shots, results.generative(of_key[0].task))
+            title = f"Parts of the data, {told}: {metric_name(of_key[0].metric)} {scale(of_key[0].metric)}"
             grids += _in_parts(title, [(subset, "") for subset in subsets], of_key, cells)
     return tuple(grids)
 

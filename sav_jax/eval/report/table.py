@@ -28,12 +28,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A task with one number of labelled examples per class, and the metric that the task is judged by."""
+    """A task with one number of labelled examples, and the metric that the task is judged by.
+
+    Attributes:
+      generative: whether answers are written freely: there are no classes, and the examples are counted in all.
+    """
 
     task: str
     shots: int
     metric: str
     higher_is_better: bool
+    generative: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ def make_table(results: Sequence[Results]) -> Table:
         for run in of.runs:
             metric = str(of.tasks[run.task].get("metric") or run.metric)
             better = of.higher_is_better(run.key, metric)
-            columns.setdefault((run.task, run.shots), Column(run.task, run.shots, metric, better))
+            column = Column(run.task, run.shots, metric, better, of.generative(run.task))
+            columns.setdefault((run.task, run.shots), column)
             rows.setdefault((source, run.method), Row(source, run.method, run.uses_support))
             runs[source, run.method, run.task, run.shots] = run
     cells: dict[tuple[Row, Column], Cell | None] = {}

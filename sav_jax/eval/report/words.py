@@ -22,6 +22,9 @@ _METRICS = {
     "brier": ("Brier score", "squared distance between probabilities and truth"),
     "log_loss": ("log loss", "minus log probability of the right class, in nats"),
     "aurc": ("AURC", "area under the risk-coverage curve: mean error rate over all numbers of answers kept"),
+    "cider": ("CIDEr-D", "agreement of a caption with people's in their rarer words and phrases; 10 is a copy"),
+    "vqa_acc": ("VQA accuracy", "1 if three people or more gave the answer, two thirds for two, and so on"),
+    "exact_match": ("exact match", "share of the answers that are one of the references, word by word"),
 }
 
 
@@ -33,6 +36,11 @@ def metric_name(metric: str) -> str:
 def metric_description(metric: str) -> str:
     """One line, "" for a metric that only its task knows."""
     return _METRICS.get(metric, ("", ""))[1]
+
+
+def scale(metric: str) -> str:
+    """What a number of :func:`percent` is said to be."""
+    return "times 100" if metric == "cider" else "in percent"
 
 
 def percent(share: float) -> str:
@@ -53,6 +61,17 @@ def interval(estimate: Estimate) -> str:
 
 def shots(count: int) -> str:
     return f"{count} shot{'s' * (count != 1)}"
+
+
+def per_class(count: int, generative: bool) -> str:
+    """How many labelled examples there are, in a task with classes or with free answers."""
+    return shots(count) if generative else f"{shots(count)} per class"
+
+
+def counted(table: Table) -> str:
+    """What shots are labelled examples of: "" or " per class"."""
+    free = [column.generative for column in table.columns]
+    return "" if all(free) else " per class" if not any(free) else " per class (in all, where answers are free)"
 
 
 def column_name(column: Column, table: Table) -> str:
@@ -93,12 +112,12 @@ def most_shots(table: Table) -> list[Column]:
 def in_short(table: Table, column: Column) -> str:
     """A sentence about who is best on a task."""
     ranked = [(row, cell) for row, cell in table.of_column(column) if cell.ranked]
-    where = f"{column.task}, {shots(column.shots)} per class: "
+    where = f"{column.task}, {per_class(column.shots, column.generative)}: "
     if not ranked:
         return f"{where}no method has the metric {metric_name(column.metric)}."
     row, best = ranked[0]
-    found = interval(best.run.primary)
-    value = f"{percent(best.run.primary.mean)}{_PERCENT}" + (f" (95{_PERCENT} interval {found})" if found else "")
+    found, unit = interval(best.run.primary), "" if column.metric == "cider" else _PERCENT
+    value = f"{percent(best.run.primary.mean)}{unit}" + (f" (95{_PERCENT} interval {found})" if found else "")
     text = f"{where}{table.name(row)} is best with {metric_name(column.metric)} {value}"
     tied = [table.name(other) for other, cell in ranked[1:] if cell.tied]
     if len(tied) > 4:
@@ -108,7 +127,7 @@ def in_short(table: Table, column: Column) -> str:
     untaught = [(of, cell) for of, cell in ranked if not of.uses_support and cell is not best]
     if row.uses_support and untaught:
         other, cell = untaught[0]
-        value = f"{percent(cell.run.primary.mean)}{_PERCENT}"
+        value = f"{percent(cell.run.primary.mean)}{unit}"
         text += f". Without labelled examples the best is {table.name(other)} with {value}"
     return f"{text}."
 
@@ -132,9 +151,10 @@ def legend(table: Table) -> str:
     if with_interval:
         parts.append(f"and the 95{_PERCENT} confidence interval for the choice of queries")
     shots_told = (
-        " Shots are labelled examples per class." if len({column.shots for column in table.columns}) > 1 else ""
+        f" Shots are labelled examples{counted(table)}." if len({column.shots for column in table.columns}) > 1 else ""
     )
-    return f"{', '.join(parts)}.{shots_told}"
+    cider = " CIDEr-D is shown times 100, as papers print it." if "cider" in metrics else ""
+    return f"{', '.join(parts)}.{shots_told}{cider}"
 
 
 def row_groups(table: Table) -> list[tuple[str, list[Row]]]:

@@ -30,7 +30,8 @@ def write_report(results: Sequence[Results], output: Path) -> list[str]:
       UserError: if the results are damaged; nothing is then written.
     """
     table = make_table(results)
-    title = f"Few-shot classification with {listed(list(dict.fromkeys(table.sources)))}"
+    what = "evaluation" if any(column.generative for column in table.columns) else "classification"
+    title = f"Few-shot {what} with {listed(list(dict.fromkeys(table.sources)))}"
     keys = _keys(results)
     overall = [figure for figure in (shots_figure(table), *sweep_figures(results, table, keys)) if figure is not None]
     sections: list[Section] = []

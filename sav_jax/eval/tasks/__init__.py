@@ -7,11 +7,16 @@ from sav_jax.eval.tasks import (
     blink,
     digits,
     drawn,
+    flickr30k,
+    gqa,
     hateful_memes,
     mhalubench,
     naturalbench,
+    okvqa,
     pope,
+    scienceqa,
     sugarcrepe,
+    textvqa,
     tfds,
     vizwiz,
     vlguard,
@@ -31,6 +36,11 @@ _MODULES = (
     vizwiz,
     pope,
     hateful_memes,
+    flickr30k,
+    okvqa,
+    textvqa,
+    gqa,
+    scienceqa,
 )
 
 TASKS: dict[str, Task] = {task.name: task for module in _MODULES for task in module.TASKS}

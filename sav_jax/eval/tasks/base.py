@@ -18,7 +18,7 @@ from typing import Any
 
 from sav_jax.classifier import choose_shots
 from sav_jax.errors import UserError
-from sav_jax.eval.metrics import Metric
+from sav_jax.eval.metrics import COMMON, Metric
 from sav_jax.eval.tasks.release import Release
 from sav_jax.examples import Example
 
@@ -28,12 +28,14 @@ class Item:
     """An example, and what only its task knows about it.
 
     Attributes:
-      example: question, images and right label.
+      example: question, images and right label; in a task with free answers the label is the one of the references that
+        a demonstration shows.
       group: items of one group are kept together: scored together where a metric says so, and never split between
         support and queries. "" for an item by itself.
       role: its place in the group, such as "q0i1" or "positive".
       offered: the labels that the question offers, where it does not offer all of the task's.
-      references: answers in people's own words, where the data set has them (VizWiz: ten).
+      references: answers in people's own words, where the data set has them (VizWiz: ten). What free answers are
+        scored against.
       subset: a named part of the data set, which gets results of its own.
     """
 
@@ -64,7 +66,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task.
+    """A classification task, whose answers are labels, or a generative one, whose answers are free text.
+
+    A generative task has no ``labels``, ``answers`` or ``class_prompt``; its support are ``shots`` items in all, and
+    its metrics are its own alone, each with one unit per query.
 
     Attributes:
       name: on the command line and in the results.
@@ -80,10 +85,12 @@ class Task:
       answers: what the model has to answer for a label, where that is not the label itself ("Yes" for
         "hallucination").
       parse: reads a label out of what a model wrote about an item, None if there is none in it; by default tolerant
-        matching of ``answers`` (``sav_jax.eval.parsing``).
+        matching of ``answers`` (``sav_jax.eval.parsing``). In a generative task: reads the answer that is scored; by
+        default the text without the space around it.
       metric: the metric that the table shows.
-      metrics: metrics besides those that all tasks have (``sav_jax.eval.metrics``).
+      metrics: metrics besides those that all classification tasks have (``sav_jax.eval.metrics``).
       class_prompt: a text about a class, with ``{label}`` in it, for text prototypes and dual encoders.
+      generative: whether answers are written freely and scored against ``references``.
       version: raised whenever prompts, labels or examples change: results of different versions are not comparable.
     """
 
@@ -100,7 +107,18 @@ class Task:
     metric: str = "acc"
     metrics: tuple[Metric, ...] = ()
     class_prompt: str = "a photo of a {label}."
+    generative: bool = False
     version: int = 1
+
+    @property
+    def kind(self) -> str:
+        """ "generation" or "classification"."""
+        return "generation" if self.generative else "classification"
+
+    @property
+    def all_metrics(self) -> tuple[Metric, ...]:
+        """What results are measured by: what all classification tasks have, and the task's own."""
+        return self.metrics if self.generative else (*COMMON, *self.metrics)
 
     def answer(self, label: str) -> str:
         """What the model has to answer for ``label``."""
@@ -114,10 +132,12 @@ class Split:
     Attributes:
       support: labelled items, the only ones whose labels a method may look at.
       queries: items to be classified.
-      labels: class names, in the order of the columns.
+      labels: class names, in the order of the columns; none in a generative task.
       available: number of queries before any limit.
       leaked: queries that also stand in the support, same question and pixels; 0 unless leaks were allowed.
       digest: SHA-256 of all questions, labels and images, in order. Equal digests: results may be compared.
+      corpus: references of all queries before any limit, of generative tasks: what words are rare in them does not
+        depend on how many are asked.
     """
 
     support: tuple[Item, ...]
@@ -126,6 +146,7 @@ class Split:
     available: int
     leaked: int
     digest: str
+    corpus: tuple[tuple[str, ...], ...] = ()
 
 
 class Digests:
@@ -173,8 +194,9 @@ class Digests:
         return *self._outline(item), *self._pixels[id(item)][1]
 
     def whole(self, item: Item) -> str:
-        """Of question, image contents and label."""
-        return hashlib.sha256(f"{self.prompt(item)} {item.example.label!r}".encode()).hexdigest()
+        """Of question, image contents, label and references."""
+        answers = f"{item.example.label!r}{list(item.references) if item.references else ''}"
+        return hashlib.sha256(f"{self.prompt(item)} {answers}".encode()).hexdigest()
 
 
 def split_task(
@@ -195,7 +217,7 @@ def split_task(
     Args:
       task: the task.
       data: what ``task.load`` returned.
-      shots: labelled examples per class.
+      shots: labelled examples per class; of a generative task, in all.
       seed: of both draws.
       limit: keep only about so many queries, whole groups drawn at random; their order stays.
       allow_leak: go on when a query also stands in the support.
@@ -206,15 +228,8 @@ def split_task(
     """
     digests = digests or Digests()
     pool = data.pool
-    labels = [item.label for item in pool]
-    names = task.labels or tuple(sorted(set(labels)))
-    if len(names) < 2:
-        raise UserError(f"task {task.name}: every support example has the label {names[0]!r}; at least two are needed")
-    for name, count in (dict.fromkeys(names, 0) | Counter(labels)).items():
-        if name not in names:
-            raise UserError(f"task {task.name}: {name!r} is none of its labels ({', '.join(names)})")
-        if count < shots:
-            raise UserError(f"task {task.name}: class {name!r} has {count} examples, fewer than --shots {shots}")
+    labels = ["" if task.generative else item.label for item in pool]
+    names = _class_names(task, labels, shots)
     support = [pool[i] for i in choose_shots(labels, shots, seed)]
     taken = {id(item) for item in support}
     groups = {item.group for item in support if item.group}
@@ -223,7 +238,7 @@ def split_task(
     if not queries:
         raise UserError(f"task {task.name}: --shots {shots} leaves no queries")
     for query in queries:
-        if query.label not in names:
+        if not task.generative and query.label not in names:
             raise UserError(f'{query.example.source}: field "label" is {query.label!r}, which no support example has')
     leaks = digests.leaks(support, queries)
     if leaks and not allow_leak:
@@ -235,11 +250,31 @@ def split_task(
             "(--allow-leak to go on all the same)"
         )
     available = len(queries)
+    corpus = tuple(item.references for item in queries) if task.generative else ()
     if limit is not None:
         queries = _limited(queries, limit, seed, digests)
     text = "\n".join(digests.whole(item) for item in [*support, *queries])
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Split(tuple(support), tuple(queries), tuple(names), available, len(leaks), digest)
+    return Split(tuple(support), tuple(queries), names, available, len(leaks), digest, corpus)
+
+
+def _class_names(task: Task, labels: Sequence[str], shots: int) -> tuple[str, ...]:
+    """The classes of a pool with these labels, each of which has enough examples; none of a generative task."""
+    if task.generative:
+        if len(labels) < shots:
+            raise UserError(
+                f"task {task.name}: there are {len(labels)} examples to draw from, fewer than --shots {shots}"
+            )
+        return ()
+    names = task.labels or tuple(sorted(set(labels)))
+    if len(names) < 2:
+        raise UserError(f"task {task.name}: every support example has the label {names[0]!r}; at least two are needed")
+    for name, count in (dict.fromkeys(names, 0) | Counter(labels)).items():
+        if name not in names:
+            raise UserError(f"task {task.name}: {name!r} is none of its labels ({', '.join(names)})")
+        if count < shots:
+            raise UserError(f"task {task.name}: class {name!r} has {count} examples, fewer than --shots {shots}")
+    return tuple(names)
 
 
 def _limited(queries: Sequence[Item], limit: int, seed: int, digests: Digests) -> list[Item]:

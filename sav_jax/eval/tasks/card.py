@@ -5,11 +5,15 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from sav_jax.eval.metrics import COMMON
 from sav_jax.eval.tasks.base import Task, default_data_dir
 
 _INDENT, _WIDTH = 14, 100
 _LISTED = 40  # labels
+_KINDS = {
+    "classification": "classification: the answer is one of the labels",
+    "generation": "generation: answers are written freely and scored against references; for methods that write "
+    "(--methods list says which do); --shots is their number in all",
+}
 
 
 def card(task: Task, data_dir: Path | None = None) -> str:
@@ -21,19 +25,21 @@ def card(task: Task, data_dir: Path | None = None) -> str:
     """
     lines = [task.name, "=" * len(task.name), ""]
     lines += _entry("asked", task.description)
+    lines += _entry("kind", _KINDS[task.kind])
     lines += _entry("source", task.source)
     lines += _entry("data", _data(task, data_dir or default_data_dir()))
     lines += _entry("prompt", task.prompt)
-    lines += _entry("labels", _labels(task))
+    lines += [] if task.generative else _entry("labels", _labels(task))
     lines += _entry("split", task.split)
     own = {metric.name: metric for metric in task.metrics}
-    known = {metric.name: metric for metric in COMMON} | own
+    known = {metric.name: metric for metric in task.all_metrics}
     shown = known.get(task.metric)
     lines += _entry("metric", f"{task.metric}: {shown.description}" if shown else task.metric)
     for metric in own.values():
         if metric.name != task.metric:
             lines += _entry("", f"{metric.name}: {metric.description}")
-    lines += _entry("", f"and what all tasks have: {', '.join(metric.name for metric in COMMON)}")
+    common = [metric.name for metric in task.all_metrics if metric.name not in own]
+    lines += _entry("", f"and what all classification tasks have: {', '.join(common)}" if common else "")
     lines += _entry("version", str(task.version))
     return "\n".join(lines) + "\n"
 

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from sav_jax.eval.tasks.base import Data, Item, Task
 from sav_jax.eval.tasks.groups import all_right, by_group
+from sav_jax.eval.tasks.scoring import CIDER, EXACT_MATCH
 from sav_jax.examples import Example
 from sav_jax.world.glyphs import LETTERS
+from sav_jax.world.questions import ask, captions
 from sav_jax.world.scene import Scene, draw, sample_scene
 from sav_jax.world.shapes import TEXTURES
 
@@ -26,6 +28,9 @@ _SPLIT = "support is drawn from a pool of scenes with seeds of their own; all qu
 _OTHER_SIZE = {"small": "large", "large": "small"}
 _TEXTURE_QUESTION = "What texture is the shape?"
 _GLYPH_QUESTION = "What letter is this?"
+_CAPTION_QUESTION = "Describe the image."
+_CAPTIONED = ("shape", "pair", "shape", "glyph")  # kinds of scene, in turn
+_ASKED = ("shape", "pair", "group", "glyph")
 
 
 def _naming(
@@ -88,6 +93,29 @@ def _claims(_: Path) -> Data:
     return Data(part(_POOL, 200), part(_QUERIES, 600))
 
 
+def _described(seed: int) -> Item:
+    scene = sample_scene(seed, _CAPTIONED[seed % len(_CAPTIONED)], held_out=True)
+    references = captions(scene)
+    example = Example(_CAPTION_QUESTION, (draw(scene),), references[0], id=str(seed), source=f"drawn scene {seed}")
+    return Item(example, references=references, subset=scene.kind)
+
+
+def _answered(seed: int) -> Item:
+    scene = sample_scene(seed, _ASKED[seed % len(_ASKED)], held_out=True)
+    asked = next(qa for qa in ask(scene, seed, 2) if qa.type != "caption")
+    question = asked.question[0].upper() + asked.question[1:]
+    example = Example(question, (draw(scene),), asked.answer, id=str(seed), source=f"drawn scene {seed}")
+    return Item(example, references=(asked.answer,), subset=scene.kind)
+
+
+def _free(make: Callable[[int], Item]) -> Callable[[Path], Data]:
+    """A reader of scenes about which something is written."""
+    return lambda _: Data(
+        tuple(make(seed) for seed in range(_POOL, _POOL + 400)),
+        tuple(make(seed) for seed in range(_QUERIES, _QUERIES + 1200)),
+    )
+
+
 TASKS = (
     Task(
         "drawn-textures",
@@ -136,5 +164,27 @@ TASKS = (
                 "pair_acc", "share of the scenes of which both claims are judged rightly (chance: 0.25)", by_group, 2
             ),
         ),
+    ),
+    Task(
+        "drawn-captions",
+        "what is in the picture? One thing or two on a background; three references each (drawn)",
+        _free(_described),
+        source=_SOURCE,
+        prompt=_CAPTION_QUESTION,
+        split=_SPLIT,
+        metric="cider",
+        metrics=(CIDER, EXACT_MATCH),
+        generative=True,
+    ),
+    Task(
+        "drawn-vqa",
+        "questions of many kinds about drawn scenes: what, which colour, where, how many, is there ...? (drawn)",
+        _free(_answered),
+        source=_SOURCE,
+        prompt="What shape is this? and the like",
+        split=_SPLIT,
+        metric="exact_match",
+        metrics=(EXACT_MATCH,),
+        generative=True,
     ),
 )

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sav_jax.errors import UserError
-from sav_jax.eval.tasks.base import Item
 from sav_jax.eval.tasks.release import Release, find_picture
 from sav_jax.examples import EncodedImage
 from sav_jax.jsonrows import json_kind, json_rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Row:
       source: file and line, or file and key.
       number: its place in the file, from 0.
       values: field -> value.
+      key: its name, in a file that is one object of objects; else "".
     """
 
     source: str
     number: int
     values: Mapping[str, Any]
+    key: str = ""
 
     def bad(self, field: str, problem: str) -> UserError:
         """The error that says what is wrong with a field."""
@@ -58,6 +61,13 @@ class Row:
             raise self.bad(field, f"must be a string or an integer, not {json_kind(found)}")
         return str(found)
 
+    def whole(self, field: str) -> int:
+        """A field that holds a whole number."""
+        found = self.value(field)
+        if isinstance(found, bool) or not isinstance(found, int):
+            raise self.bad(field, f"must be an integer, not {json_kind(found)}")
+        return found
+
     def one_of(self, field: str, allowed: Sequence[Any]) -> Any:
         """A field with one of some values; True is not taken for 1, nor 1 for True."""
         found = self.value(field)
@@ -73,6 +83,16 @@ class Row:
             if not isinstance(value, dict):
                 raise self.bad(field, f"must be a list of objects; it holds {json_kind(value)}")
         return [Row(self.source, number, value) for number, value in enumerate(found)]
+
+    def replies(self, field: str = "answers") -> tuple[str, ...]:
+        """What people answered, as VQA keeps it: a list of objects with an "answer" each, which may be empty."""
+        found = []
+        for reply in self.objects(field):
+            answer = reply.value("answer")
+            if not isinstance(answer, str):
+                raise reply.bad("answer", f"must be a string, not {json_kind(answer)}")
+            found.append(answer)
+        return tuple(found)
 
     def texts(self, field: str) -> list[str]:
         """A field that holds a list of texts."""
@@ -91,9 +111,12 @@ class Row:
             raise self.bad(field, "is an empty list")
         return found
 
-    def picture(self, field: str, folder: Path, *places: str) -> Path:
-        """A picture that a field names, which must exist (:func:`sav_jax.eval.tasks.release.find_picture`)."""
-        name = self.text(field)
+    def picture(self, field: str, folder: Path, *places: str, name: str | None = None) -> Path:
+        """A picture that a field names, which must exist (:func:`sav_jax.eval.tasks.release.find_picture`).
+
+        ``name`` is its file's, where that is made of the field's value.
+        """
+        name = self.text(field) if name is None else name
         found = find_picture(folder, name, places)
         if found is None:
             where = folder.joinpath(*places[:1])
@@ -109,26 +132,64 @@ class Row:
 def json_objects(path: Path) -> Iterator[Row | UserError]:
     """The objects of a JSON Lines file, of a JSON list or of a JSON object of objects, or what is wrong with one."""
     if path.suffix == ".json" and (keyed := _keyed(path)) is not None:
-        rows: Iterable[tuple[str, Any]] = ((f"{path}: row {json.dumps(key)}", value) for key, value in keyed.items())
+        rows: Iterable[tuple[str, Any, str]] = (
+            (f"{path}: row {json.dumps(key)}", value, key) for key, value in keyed.items()
+        )
     else:
-        rows = ((f"{path}:{line}", value) for line, value in json_rows(path))
-    for number, (source, value) in enumerate(rows):
+        rows = ((f"{path}:{line}", value, "") for line, value in json_rows(path))
+    for number, (source, value, key) in enumerate(rows):
         if isinstance(value, UserError):
             yield value
-        elif isinstance(value, dict):
-            yield Row(source, number, value)
         else:
-            yield UserError(f"{source}: a JSON object is expected, not {json_kind(value)}")
+            yield _row(source, number, value, key)
+
+
+def nested_objects(field: str) -> Callable[[Path], Iterator[Row | UserError]]:
+    """A reader of the objects in a list that a JSON object holds in a field, as in VQA's files."""
+
+    def rows(path: Path) -> Iterator[Row | UserError]:
+        whole = json_whole(path)
+        found = whole.get(field) if isinstance(whole, dict) else None
+        if not isinstance(found, list):
+            raise UserError(f'{path}: an object with a list in field "{field}" is expected')
+        for number, value in enumerate(found):
+            yield _row(f"{path}: {field}[{number}]", number, value)
+
+    return rows
+
+
+def json_whole(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+      UserError: if it cannot be read or is malformed.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise UserError(f"{path}: malformed JSON: nested too deeply") from None
+
+
+def _row(source: str, number: int, value: Any, key: str = "") -> Row | UserError:
+    if isinstance(value, dict):
+        return Row(source, number, value, key)
+    return UserError(f"{source}: a JSON object is expected, not {json_kind(value)}")
 
 
 def read_items(
     release: Release,
     folder: Path,
     name: str,
-    make: Callable[[Row], Iterable[Item]],
+    make: Callable[[Row], Iterable[T]],
     rows: Callable[[Path], Iterable[Row | UserError]] = json_objects,
-) -> tuple[Item, ...]:
-    """Make items of every row of an annotation file.
+) -> tuple[T, ...]:
+    """Make items (or what else is wanted) of every row of an annotation file.
 
     Args:
       release: knows how many rows there should be.
@@ -140,7 +201,7 @@ def read_items(
     Raises:
       UserError: the first problem, and how many more rows are bad; or that there are no rows.
     """
-    items: list[Item] = []
+    items: list[T] = []
     problems: list[UserError] = []
     count = 0
     for row in rows(folder / name):

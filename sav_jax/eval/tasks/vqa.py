@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
+"""How LLaVA-1.5 asks for short answers (Liu et al., arXiv 2310.03744; docs/Evaluation.md of its release)."""
+
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 """Marks that are dropped where the text has them beside a space, and become a space elsewhere."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -53,7 +56,19 @@ def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
       answer: what the model wrote.
       references: what people answered, ten in VQA and VizWiz.
     """
-    given = normalise_vqa(answer)
-    agreeing = [normalise_vqa(reference) == given for reference in references]
+    return _agreement(normalise_vqa(answer), [normalise_vqa(reference) for reference in references])
+
+
+def vizwiz_accuracy(answer: str, references: Sequence[str]) -> float:
+    """The same as VizWiz' scorer has it: only the written answer is normalised, people's are taken as published.
+
+    Args:
+      answer, references: as in :func:`vqa_accuracy`.
+    """
+    return _agreement(normalise_vqa(answer), references)
+
+
+def _agreement(given: str, references: Sequence[str]) -> float:
+    agreeing = [reference == given for reference in references]
     total = sum(agreeing)
     return sum(min((total - own) / 3, 1.0) for own in agreeing) / len(agreeing)
