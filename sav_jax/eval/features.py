@@ -183,7 +183,10 @@ class Universe:
         """Likelihoods of the task's answers and the answer written after other prompts, or with head outputs changed;
         without heads.
         """
-        prompts = ((e.question, e.frames, *map(id, e.images), "", *map(id, e.videos)) for e in examples)
+        prompts = (
+            (e.question, e.frames, *map(id, e.images), "", *map(id, e.videos), *(v.key for v in e.virtual))
+            for e in examples
+        )
         name = (id(edit), *prompts)
         if name not in self._answers:
             options = [self.task.answer(label) for label in self.labels]
