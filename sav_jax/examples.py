@@ -155,6 +155,12 @@ class Example:
             if given and mark not in self.question:
                 raise UserError(f"{where}: a question with {VIRTUAL_MARK} marks must hold {mark} marks, too")
 
+    def marked_question(self) -> str:
+        """The question with a mark for each of its images and videos: where it says, else before it."""
+        kinds = ((IMAGE_MARK, self.images), (VIDEO_MARK, self.videos))
+        marks = "".join(mark * len(given) for mark, given in kinds if mark not in self.question)
+        return f"{marks}\n{self.question}" if marks else self.question
+
     def virtual_tokens(self) -> np.ndarray | None:
         """All virtual tokens in order, float32 [M, D]; None if there are none."""
         return np.concatenate([tokens.values for tokens in self.virtual]) if self.virtual else None

@@ -33,7 +33,7 @@ from sav_jax.eval.features import Features
 from sav_jax.eval.methods.asking import likeliest, written
 from sav_jax.eval.methods.base import Method, Outcome
 from sav_jax.eval.tasks.base import Item, Task
-from sav_jax.examples import IMAGE_MARK, VIDEO_MARK, Example
+from sav_jax.examples import Example
 from sav_jax.reading import Readings
 
 
@@ -92,24 +92,17 @@ def with_demonstrations(task: Task, demonstrations: Sequence[Item], query: Examp
       demonstrations: labelled items, in order.
       query: the question at the end; its label is not used.
     """
-    shown = "".join(f"{_marked(item.example)}\nAnswer: {task.answer(item.label)}\n\n" for item in demonstrations)
+    shown = "".join(f"{item.example.marked_question()}\nAnswer: {task.answer(item.label)}\n\n" for item in demonstrations)
     images = tuple(image for item in demonstrations for image in item.example.images)
     videos = tuple(video for item in demonstrations for video in item.example.videos)
     return Example(
-        f"{shown}{_marked(query)}\nAnswer:",
+        f"{shown}{query.marked_question()}\nAnswer:",
         images + query.images,
         videos=videos + query.videos,
         frames=query.frames,
         id=query.id,
         source=f"{query.source or query.id} after {len(demonstrations)} demonstrations (--demonstrations)",
     )
-
-
-def _marked(example: Example) -> str:
-    """A question with a mark for each of its images and videos: where it says, else before it."""
-    kinds = ((IMAGE_MARK, example.images), (VIDEO_MARK, example.videos))
-    marks = "".join(mark * len(given) for mark, given in kinds if mark not in example.question)
-    return f"{marks}\n{example.question}" if marks else example.question
 
 
 METHODS = (
