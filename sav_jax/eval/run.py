@@ -40,7 +40,7 @@ class Plan:
 
     Attributes:
       shots, seeds: every number of shots is run with every seed.
-      num_heads, demonstrations, mtv, lora_..., max_new_tokens, batch_size, cache, clip, siglip: see
+      num_heads, demonstrations, mtv, lora_..., max_new_tokens, batch_size, cache, clip, siglip, aim: see
         :class:`sav_jax.eval.methods.Settings`.
       limit: answer only so many queries of each task; None for all.
       allow_leak: go on when a query also stands in the support.
@@ -62,6 +62,7 @@ class Plan:
     cache: str | None = None
     clip: str | None = None
     siglip: str | None = None
+    aim: str | None = None
     allow_leak: bool = False
     data_dir: Path = Path("data")
     log_samples: bool = True
@@ -82,6 +83,7 @@ class Plan:
             cache=self.cache,
             clip=self.clip,
             siglip=self.siglip,
+            aim=self.aim,
         )
 
 
@@ -184,8 +186,11 @@ def evaluate(
         "allow_leak": plan.allow_leak,
         "clip": plan.clip,
         "siglip": plan.siglip,
+        "aim": plan.aim,
     }
     passes = {"forward": reader.passes, "prompts": len(reader.prompts), "patched": reader.patched_passes}
+    if reader.demonstration_passes:
+        passes["demonstrations"] = reader.demonstration_passes
     extra = {"passes": passes, "disagreements": strangest}
     files["results.json"] = results_json(summaries, config, model, timing, extra, groups or {})
     write_folder(output, files)
@@ -201,6 +206,8 @@ def evaluate(
     )
     if reader.patched_passes:
         print(f"and {reader.patched_passes} with head outputs changed (mtv)")
+    if reader.demonstration_passes:
+        print(f"and {reader.demonstration_passes} over demonstrations by themselves (aim)")
     kept = [name for name in files if not name.startswith("images/")]
     print(f"written to {output}: {', '.join(kept)}")
     return summaries

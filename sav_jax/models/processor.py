@@ -222,7 +222,7 @@ class Processor:
 
     def expand(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | np.ndarray,
         image_sizes: Sequence[tuple[int, int]],
         videos: Sequence[VideoShape] = (),
         virtual: Mapping[int, int] | None = None,

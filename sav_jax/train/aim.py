@@ -44,6 +44,7 @@ from sav_jax.train.supervised import next_token_loss
 Document = tuple[Example, ...]
 """Pairs of images (in ``images``) and text (the ``label``, answering ``question``), at least two."""
 
+_DEFAULT = Optimization(batch_size=64, remat="full")
 _SHOTS = 11  # distinguishes the draws of numbers of demonstrations from those of the order
 
 
@@ -75,7 +76,7 @@ class AimRecipe:
     weight_decay: float = 0.0
     epochs: float = 1.0
     steps: int = 0
-    optimization: Optimization = Optimization(batch_size=64, remat="full")
+    optimization: Optimization = _DEFAULT
 
     def __post_init__(self) -> None:
         if not self.shots or min(self.shots) < 1:
@@ -300,7 +301,7 @@ class AimData:
             number = min(plan.shots, len(self.documents[row]) - 1)
             lessons.append(self._lesson(row, plan.shots))
             queries.append(self.documents[row][number])
-            taken = []
+            taken: list[int] = []
             for k in range(plan.shots):
                 pair = k if k < number else 0  # what a short document lacks is read and not looked at
                 prompt, where = self._planned(row, pair)
@@ -347,9 +348,7 @@ def digest(documents: Sequence[Document]) -> str:
     return whole.hexdigest()
 
 
-def train_aim(
-    lmm: LMM, documents: Sequence[Document], recipe: AimRecipe, output: Path, progress: bool = True
-) -> Aim:
+def train_aim(lmm: LMM, documents: Sequence[Document], recipe: AimRecipe, output: Path, progress: bool = True) -> Aim:
     """Train a projection; a run that was killed goes on.
 
     Args:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from sav_jax.errors import UserError
 from sav_jax.eval.features import Features
 from sav_jax.eval.methods.asking import likeliest, written
 from sav_jax.eval.methods.base import Method, Outcome
+from sav_jax.eval.methods.costs import answered
 from sav_jax.eval.tasks.base import Item, Task
 from sav_jax.examples import Example
 from sav_jax.reading import Readings
@@ -50,14 +52,24 @@ def _icl_likelihood(features: Features) -> Outcome:
     return dataclasses.replace(likeliest(features, readings.scores), facts=facts)
 
 
-def _readings(features: Features) -> tuple[Readings, dict[str, list[str]]]:
-    """What the model makes of every query after the demonstrations, and the demonstrations' ids."""
+def _readings(features: Features) -> tuple[Readings, dict[str, Any]]:
+    """What the model makes of every query after the demonstrations; the demonstrations' ids, and what that cost."""
+    chosen = chosen_demonstrations(features)
+    prompts = [with_demonstrations(features.task, chosen, item.example) for item in features.split.queries]
+    readings, facts = answered(features, prompts)
+    return readings, {"demonstrations": [item.example.id for item in chosen], **facts}
+
+
+def chosen_demonstrations(features: Features) -> list[Item]:
+    """The run's demonstrations, in order.
+
+    Raises:
+      UserError: there are not as many labelled examples.
+    """
     split, settings = features.split, features.settings
     check_demonstrations(settings.demonstrations, len(split.support))
     rng = np.random.default_rng(settings.seed)
-    chosen = [split.support[row] for row in draw_balanced(features.targets, settings.demonstrations, rng)]
-    prompts = [with_demonstrations(features.task, chosen, item.example) for item in split.queries]
-    return features.answers(prompts), {"demonstrations": [item.example.id for item in chosen]}
+    return [split.support[row] for row in draw_balanced(features.targets, settings.demonstrations, rng)]
 
 
 def check_demonstrations(number: int, available: int) -> None:
@@ -92,7 +104,9 @@ def with_demonstrations(task: Task, demonstrations: Sequence[Item], query: Examp
       demonstrations: labelled items, in order.
       query: the question at the end; its label is not used.
     """
-    shown = "".join(f"{item.example.marked_question()}\nAnswer: {task.answer(item.label)}\n\n" for item in demonstrations)
+    shown = "".join(
+        f"{item.example.marked_question()}\nAnswer: {task.answer(item.label)}\n\n" for item in demonstrations
+    )
     images = tuple(image for item in demonstrations for image in item.example.images)
     videos = tuple(video for item in demonstrations for video in item.example.videos)
     return Example(
