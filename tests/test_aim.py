@@ -1,4 +1,4 @@
-"""AIM: virtual tokens in a prompt are what a forward pass put together by hand has, and demonstrations are read once."""
+"""AIM: virtual tokens stand in a prompt as in a forward pass made by hand, demonstrations are read once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,12 @@ def projected(aim: Aim, hidden: np.ndarray) -> np.ndarray:
 def hidden_states(lmm: sav_jax.LMM, example: Example, answer: str) -> np.ndarray:
     """``[T, D]`` of the prompt with the answer behind it, the library's own plan of a prompt extended."""
     prompt = plan_prompts(lmm, [example])[0].extended(lmm.processor.encode(answer))
-    step = jax.jit(lambda params, batch: lmm.module.apply({"params": params}, batch).hidden)
+
+    @jax.jit
+    def step(params: Any, batch: Any) -> Any:
+        output: Any = lmm.module.apply({"params": params}, batch)
+        return output.hidden
+
     plans = plan_batches([prompt], 1)
     _, values = next(iter(run_batches(lmm, step, plans, [prompt], [example], progress=False, what="")))
     return values[0, : len(prompt.token_ids)]
@@ -180,14 +185,10 @@ def test_virtual_tokens_of_equal_number_have_keys_of_their_own(lmm: sav_jax.LMM)
     width = lmm.config.text.hidden_size
     rng = np.random.default_rng(0)
     asked = [
-        after_demonstrations(
-            QUERY, (VirtualTokens(rng.normal(size=(4, width)).astype(np.float32), key),), Layout()
-        )
+        after_demonstrations(QUERY, (VirtualTokens(rng.normal(size=(4, width)).astype(np.float32), key),), Layout())
         for key in "ab"
     ]
-    first, second = (
-        content_key(lmm, p, e) for p, e in zip(plan_prompts(lmm, asked), asked, strict=True)
-    )
+    first, second = (content_key(lmm, p, e) for p, e in zip(plan_prompts(lmm, asked), asked, strict=True))
     assert first != second
 
 

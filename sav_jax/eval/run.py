@@ -15,6 +15,7 @@ from sav_jax._files import check_output_folder, write_folder
 from sav_jax.errors import UserError
 from sav_jax.eval.disagreements import disagreements
 from sav_jax.eval.features import Features, Reader, Universe
+from sav_jax.eval.methods.aim import NO_PROJECTION
 from sav_jax.eval.methods.base import Method, Settings
 from sav_jax.eval.plots import head_map
 from sav_jax.eval.results import (
@@ -221,6 +222,8 @@ def _check(plan: Plan, methods: Sequence[Method]) -> None:
             raise UserError(f"{what} names a number twice")
     if plan.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, not {plan.max_new_tokens}")
+    if plan.aim is None and any(method.name in ("aim", "aim-likelihood") for method in methods):
+        raise UserError(NO_PROJECTION)
     if plan.mtv.prompts < 1:
         raise UserError(f"--mtv-prompts must be at least 1, not {plan.mtv.prompts}")
     if plan.lora_rank < 1 or not plan.lora_rates or not plan.lora_steps or min(plan.lora_steps) < 1:

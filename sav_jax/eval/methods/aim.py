@@ -19,6 +19,10 @@ from sav_jax.eval.methods.costs import answered
 from sav_jax.eval.methods.icl import chosen_demonstrations
 from sav_jax.reading import Readings
 
+NO_PROJECTION = (
+    "methods aim and aim-likelihood need a projection: --aim DIR ('sav-jax train aim --model M --output DIR' makes one)"
+)
+
 
 def _aim(features: Features) -> Outcome:
     """What the model writes after the virtual tokens, read like a zero-shot answer."""
@@ -37,9 +41,7 @@ def _readings(features: Features) -> tuple[Readings, dict[str, Any]]:
     """What the model makes of every query after the demonstrations' virtual tokens, and what that cost."""
     path, reader = features.settings.aim, features.reader
     if path is None:
-        raise UserError(
-            "methods aim and aim-likelihood need a projection: --aim DIR ('sav-jax train aim --model M --output DIR')"
-        )
+        raise UserError(NO_PROJECTION)
     bank = reader.bank(path)
     chosen = chosen_demonstrations(features)
     shown = [dataclasses.replace(item.example, label=features.task.answer(item.label)) for item in chosen]
