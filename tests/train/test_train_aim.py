@@ -23,7 +23,7 @@ from sav_jax.train.aim import AIM_PRESETS, AimData, AimRecipe, Document, aim_los
 from sav_jax.train.chats import chat_format
 from sav_jax.train.documents import ATTRIBUTES, drawn_documents, grouped, read_documents
 
-WORDS = ("red", "green", "a blue circle", "nothing")
+WORDS = ("crimson red", "grass green", "a blue ring", "nothing here")  # of nearly one length: two programs
 DEBUG = AIM_PRESETS["debug"]
 ONE = dataclasses.replace(DEBUG, shots=(2,), steps=2)  # a single program
 
@@ -151,7 +151,7 @@ def test_choices_that_the_paper_leaves_open(lmm: sav_jax.LMM, tmp_path: Path, op
     aim = train_aim(lmm, documents(), dataclasses.replace(ONE, **options), tmp_path / "run", progress=False)
     assert all(np.isfinite(value).all() for value in aim.params.values())
     (tokens,) = DemonstrationBank(lmm, load_aim(tmp_path / "run")).get([documents(1)[0][0]])
-    words = "red" if aim.layout.tokens == "answer" else "What is it?red"
+    words = WORDS[0] if aim.layout.tokens == "answer" else f"What is it?{WORDS[0]}"
     assert tokens.values.shape == (len(words), lmm.config.text.hidden_size)
 
 
