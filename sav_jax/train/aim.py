@@ -106,8 +106,9 @@ class AimRecipe:
 AIM_PRESETS: Mapping[str, AimRecipe] = {
     "default": AimRecipe(),
     "tiny": AimRecipe(
-        learning_rate=2e-3,
-        steps=1200,
+        layer=5,
+        learning_rate=5e-3,
+        steps=900,
         optimization=Optimization(batch_size=16, warmup=0.05, checkpoint_every=200, log_every=20),
     ),
     "debug": AimRecipe(
