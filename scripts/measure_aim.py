@@ -126,15 +126,13 @@ def main(arguments: Arguments) -> None:
                 of = [s.runs for s in summaries if s.runs[0].method is method and s.runs[0].task in members]
                 found[method.name] = [right(runs) for runs in of]
                 facts = [run.outcome.facts for runs in of for run in runs]
-                cost = {
-                    name: np.mean([fact[name] for fact in facts if name in fact])
-                    for name in ("prompt_tokens", "cache_bytes", "query_seconds", "query_passes")
-                    if any(name in fact for fact in facts)
-                }
                 told = ["", "", ""]
-                if cost:
-                    milliseconds = 1000 * cost["query_seconds"] / cost["query_passes"]
-                    told = [f"{cost['prompt_tokens']:.0f}", f"{cost['cache_bytes'] / 1000:.0f}", f"{milliseconds:.1f}"]
+                if number:
+                    tokens = np.mean([fact["prompt_tokens"] for fact in facts])
+                    memory = np.mean([fact["cache_bytes"] for fact in facts])
+                    # The median: a few runs compile.
+                    seconds = np.median([fact["query_seconds"] / fact["query_passes"] for fact in facts])
+                    told = [f"{tokens:.0f}", f"{memory / 1000:.0f}", f"{1000 * seconds:.1f}"]
                 cells = [group, str(number), method.name, interval(found[method.name]), *told]
                 lines.append(f"| {' | '.join(cells)} |")
                 details += [
