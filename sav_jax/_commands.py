@@ -170,6 +170,7 @@ def _eval(options: cli.Eval) -> None:
             cache=_cache_dir(options.running),
             clip=options.clip,
             siglip=options.siglip,
+            aim=options.aim,
             allow_leak=options.allow_leak,
             data_dir=options.data_dir or default_data_dir(),
             log_samples=options.log_samples,
@@ -180,6 +181,9 @@ def _eval(options: cli.Eval) -> None:
 
 
 def _train(options: cli.Train) -> None:
+    if isinstance(options.recipe, cli.Aim):
+        _train_aim(options.recipe)
+        return
     from sav_jax.train.chats import read_chats
     from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
     from sav_jax.train.tune import export, tuned_with_updates
@@ -193,6 +197,25 @@ def _train(options: cli.Train) -> None:
     tuned, trainable = tuned_with_updates(base, chats, recipe, chosen.output)
     written = export(base, tuned, recipe, trainable, chosen.output, chosen.model)
     print(f"written to {chosen.output}: {', '.join(written)}")
+
+
+def _train_aim(options: cli.Aim) -> None:
+    from sav_jax.train.aim import AIM_PRESETS, overridden, train_aim
+    from sav_jax.train.documents import drawn_documents, read_documents
+
+    given = vars(options) | {"shots": None if options.shots is None else _numbers("--shots", options.shots)}
+    recipe = overridden(AIM_PRESETS[options.preset], given)
+    check_output_folder(options.output, "run.json")
+    if options.data is not None:
+        documents = read_documents(options.data, options.image_folder, recipe.pairs, options.seed)
+    elif options.model == "tiny":
+        if options.documents < 1:
+            raise UserError(f"--documents must be at least 1, not {options.documents}")
+        documents = drawn_documents(options.documents, recipe.pairs, options.seed)
+    else:
+        raise UserError("--data FILE is missing; only the bundled model learns from drawn scenes")
+    train_aim(_load(options.model, options.dtype), documents, recipe, options.output)
+    print(f"written to {options.output}: projection")
 
 
 def _tasks(options: cli.Tasks) -> None:

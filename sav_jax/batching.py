@@ -22,15 +22,21 @@ from sav_jax.models.processor import Prompt
 
 @dataclass(frozen=True)
 class Bucket:
-    """Static shape of a batch: T tokens, P rows of pixels, S taps."""
+    """Static shape of a batch: T tokens, P rows of pixels, S taps, M virtual tokens."""
 
     tokens: int
     rows: int
     taps: int
+    virtual: int = 0
 
     def takes_in(self, other: Bucket) -> bool:
         """Whether a prompt of ``other`` may run in this shape: it fits, at no more than twice its own work."""
-        fits = other.tokens <= self.tokens and other.rows <= self.rows and other.taps <= self.taps
+        fits = (
+            other.tokens <= self.tokens
+            and other.rows <= self.rows
+            and other.taps <= self.taps
+            and other.virtual <= self.virtual
+        )
         return fits and self.tokens <= 2 * other.tokens and self.rows <= 2 * other.rows
 
 
@@ -83,11 +89,12 @@ def plan_batches(prompts: Sequence[Prompt], batch_size: int, multiple: int = 1) 
             round_tokens(len(prompt.token_ids)),
             round_rows(prompt.num_rows),
             prompt.visual_index.shape[1],
+            round_tokens(prompt.num_virtual),
         )
         groups.setdefault(bucket, deque()).append(row)
     full = -(-batch_size // multiple) * multiple
     plans = []
-    order = sorted(groups, key=lambda b: (-b.tokens, -b.rows, -b.taps))
+    order = sorted(groups, key=lambda b: (-b.tokens, -b.rows, -b.taps, -b.virtual))
     for i, bucket in enumerate(order):
         while groups[bucket]:
             chunk: list[int] = []
@@ -110,6 +117,7 @@ def assemble(
     plan: BatchPlan,
     prompts: Sequence[Prompt],
     pixels: Sequence[np.ndarray],
+    virtual: Sequence[np.ndarray | None] = (),
 ) -> Batch:
     """Stack the prompts of a plan into a padded :class:`Batch` of host arrays that reads each prompt's last token.
 
@@ -117,6 +125,7 @@ def assemble(
         plan: the batch.
         prompts: all prompts ``plan.rows`` index.
         pixels: pixels of the plan's prompts, in the plan's order, each ``[P_i, ...]``.
+        virtual: their virtual tokens, float32 ``[M_i, D]``, or None; may be left out if they are filled in later.
     """
     b = plan.bucket
     members = [prompts[row] for row in plan.rows]
@@ -138,6 +147,14 @@ def assemble(
         if members[0].positions is None
         else stack([prompt.positions for prompt in members if prompt.positions is not None], b.tokens),
     )
+    if b.virtual:
+        none = np.full(0, -1, np.int32)
+        index = [none if prompt.virtual_index is None else prompt.virtual_index for prompt in members]
+        text = replace(text, virtual_index=stack(index, b.tokens, fill=-1))
+        given = next((tokens for tokens in virtual if tokens is not None), None)
+        if given is not None:
+            values = [given[:0] if tokens is None else tokens for tokens in virtual]
+            text = replace(text, virtual_tokens=stack(values, b.virtual))
     if b.rows == 0:
         return text
     # Of any prompt: those of the batch may all be text, if their bucket is wider than they are.

@@ -154,7 +154,7 @@ class Eval:
     """How many attention heads vote in 'sav' and the like."""
 
     demonstrations: int = 4
-    """Labelled examples in the prompt of in-context learning."""
+    """Labelled examples in the prompt of in-context learning, or shown as virtual tokens by AIM."""
 
     mtv_prompts: int = 100
     """Prompts with demonstrations whose heads 'mtv' averages: a pass each."""
@@ -198,6 +198,9 @@ class Eval:
 
     siglip: Annotated[str | None, _optional("MODEL", "none")] = None
     """SigLIP checkpoint of the methods 'siglip-...': a directory or a hub id."""
+
+    aim: Annotated[str | None, _optional("DIR", "none")] = None
+    """Projection of the methods 'aim' and 'aim-likelihood': the folder of a 'sav-jax train aim' run."""
 
     output_path: Path = Path("results")
     """Folder for results.json (in the shape of lmms-eval's), samples_TASK.jsonl, heads_TASK.png and images/."""
@@ -341,6 +344,83 @@ class SqLlava(Training):
     """How conversations are written: by the checkpoint's own chat template, or as SQ-LLaVA was released."""
 
 
+@dataclass(frozen=True)
+class Aim:
+    model: str
+    """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+
+    output: Path
+    """Folder for the run (log, checkpoints; a killed run goes on from the latest) and, at its end, 'projection'."""
+
+    data: Annotated[Path | None, _optional("FILE", "drawn scenes, for 'tiny'")] = None
+    """Documents (JSON list or JSON Lines of {"segments": [{"image", "text", "question"?}, ...]}), or conversations in
+    LLaVA's format or labelled rows, of which --pairs make a document."""
+
+    image_folder: Annotated[Path | None, _optional("DIR", "the data file's folder")] = None
+    """What relative image paths are relative to."""
+
+    preset: Literal["default", "tiny", "debug"] = "default"
+    """'default': captions or interleaved documents, for models of billions of parameters. 'tiny': the bundled model.
+    'debug': six steps."""
+
+    documents: int = 3000
+    """How many documents are drawn, without --data."""
+
+    tokens: Annotated[Literal["text", "answer", "all"] | None, _optional("{text,answer,all}", "as in the preset")] = (
+        None
+    )
+    """Which tokens of a demonstration become virtual tokens: of question and answer, of the answer, or all but the
+    images'."""
+
+    layer: Annotated[int | None, _optional("L", "as in the preset")] = None
+    """Take hidden states after so many layers; 0 for all of them."""
+
+    separator: Annotated[str | None, _optional("TEXT", "as in the preset")] = None
+    """Text behind each demonstration's virtual tokens."""
+
+    projection: Annotated[Literal["linear", "mlp"] | None, _optional("{linear,mlp}", "as in the preset")] = None
+    """One linear layer, or two with a GELU between them; a layer norm follows."""
+
+    initial: Annotated[Literal["identity", "random"] | None, _optional("{identity,random}", "as in the preset")] = None
+    """What the projection starts as."""
+
+    shots: Annotated[str | None, _optional("K,K,...", "as in the preset")] = None
+    """Numbers of demonstrations, separated by commas; one is drawn for each step."""
+
+    pairs: Annotated[int | None, _optional("N", "as in the preset")] = None
+    """Images and texts of a document that is made of single rows."""
+
+    learning_rate: Annotated[float | None, _optional("RATE", "as in the preset")] = None
+    """Peak rate."""
+
+    epochs: Annotated[float | None, _optional("N", "as in the preset")] = None
+    """Passes over the documents."""
+
+    steps: Annotated[int | None, _optional("N", "from the epochs")] = None
+    """Number of steps, instead of epochs."""
+
+    batch_size: Annotated[int | None, _optional("B", "as in the preset")] = None
+    """Documents per step, over all devices."""
+
+    micro_batches: Annotated[int | None, _optional("N", "as in the preset")] = None
+    """Cut every batch into so many parts, one after the other, to save memory."""
+
+    remat: Annotated[Literal["none", "dots", "full"] | None, _optional("{none,dots,full}", "as in the preset")] = None
+    """What layers compute again in the backward pass, to save memory: nothing, all but the products with weights, or
+    everything."""
+
+    checkpoint_every: Annotated[int | None, _optional("STEPS", "as in the preset")] = None
+    """Steps between checkpoints."""
+
+    seed: int = 0
+    """Of drawn documents, of the order of the data and of first values."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, _optional("{float32,bfloat16,float16}", "as described")
+    ] = None
+    """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given. What trains is float32."""
+
+
 TrainCommand = (
     Annotated[
         Lora,
@@ -349,6 +429,10 @@ TrainCommand = (
     | Annotated[
         SqLlava,
         tyro.conf.subcommand("sq-llava", description="Instruction tuning that also learns to ask (SQ-LLaVA)."),
+    ]
+    | Annotated[
+        Aim,
+        tyro.conf.subcommand("aim", description="A projection that turns demonstrations into virtual tokens (AIM)."),
     ]
 )
 

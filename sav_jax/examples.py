@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
@@ -38,6 +39,8 @@ IMAGE_MARK = "<image>"
 """Written in a question, it says where one of the row's images belongs."""
 VIDEO_MARK = "<video>"
 """The same for one of its videos."""
+VIRTUAL_MARK = "<demonstration>"
+"""The same for a demonstration that is shown as virtual tokens."""
 
 DEFAULT_FRAMES = 16
 """How many frames of a video are shown, unless said otherwise: as the SAVs release shows LLaVA-OneVision."""
@@ -78,6 +81,19 @@ class EncodedImage:
     read_bytes: Callable[[], bytes]
 
 
+@dataclass(frozen=True, eq=False)
+class VirtualTokens:
+    """Vectors that stand in a prompt as if they were embeddings of tokens.
+
+    Attributes:
+      values: float32 [W, D].
+      key: a digest of all that they were made from.
+    """
+
+    values: np.ndarray
+    key: str
+
+
 AnyImage = Path | PIL.Image.Image | EncodedImage
 
 
@@ -94,6 +110,8 @@ class Example:
       source: where the example was read, ``file:line`` or a picture's path; only used in error messages.
       videos: paths or :class:`~sav_jax.Video` objects (or their frames alone, for 24 frames per second), in order.
       frames: how many frames of each video are shown, sampled uniformly; a shorter video is shown whole.
+      virtual: virtual tokens, one for each ``<demonstration>`` mark in the question (:mod:`sav_jax.aim`). With them the
+        question must hold marks for its images and videos, too.
 
     Raises:
       UserError: if the question is empty or holds marks that do not match images and videos, or no frames are shown.
@@ -106,6 +124,7 @@ class Example:
     source: str = ""
     videos: tuple[AnyVideo, ...] = ()
     frames: int = DEFAULT_FRAMES
+    virtual: tuple[VirtualTokens, ...] = ()
 
     def __post_init__(self) -> None:
         # Whoever writes a path as a string means a path.
@@ -122,8 +141,29 @@ class Example:
                     f'{self.source or "example"}: field "question" holds {marks} {mark} mark{"s"[: marks != 1]} '
                     f'for {len(given)} {kind}{"s"[: len(given) != 1]} in field "{kind}"'
                 )
+        if self.virtual:
+            self._check_virtual()
         if self.frames < 1:
             raise UserError(f"{self.source or 'example'}: at least 1 frame of a video must be shown, not {self.frames}")
+
+    def _check_virtual(self) -> None:
+        where = self.source or "example"
+        marks = self.question.count(VIRTUAL_MARK)
+        if marks != len(self.virtual):
+            raise UserError(f"{where}: the question holds {marks} {VIRTUAL_MARK} marks for {len(self.virtual)}")
+        for mark, given in ((IMAGE_MARK, self.images), (VIDEO_MARK, self.videos)):
+            if given and mark not in self.question:
+                raise UserError(f"{where}: a question with {VIRTUAL_MARK} marks must hold {mark} marks, too")
+
+    def marked_question(self) -> str:
+        """The question with a mark for each of its images and videos: where it says, else before it."""
+        kinds = ((IMAGE_MARK, self.images), (VIDEO_MARK, self.videos))
+        marks = "".join(mark * len(given) for mark, given in kinds if mark not in self.question)
+        return f"{marks}\n{self.question}" if marks else self.question
+
+    def virtual_tokens(self) -> np.ndarray | None:
+        """All virtual tokens in order, float32 [M, D]; None if there are none."""
+        return np.concatenate([tokens.values for tokens in self.virtual]) if self.virtual else None
 
     def load_images(self) -> list[PIL.Image.Image]:
         """Decode the images, upright (EXIF orientation applied) and RGB, as transformers' ``load_image`` does.

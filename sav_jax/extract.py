@@ -132,7 +132,8 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
     for example in examples:
         try:
             lmm.processor.check_videos(len(example.videos))  # before they are opened
-            prompt = lmm.processor.plan(example.question, example.image_sizes(), example.video_shapes())
+            virtual = [len(tokens.values) for tokens in example.virtual]
+            prompt = lmm.processor.plan(example.question, example.image_sizes(), example.video_shapes(), virtual)
             if lmm.max_tokens is not None and len(prompt.token_ids) > lmm.max_tokens:
                 raise UserError(
                     f"{example.source or f'example {example.id}'}: the prompt has {len(prompt.token_ids)} tokens, "
@@ -152,6 +153,7 @@ def content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
     """
     facts = [_FEATURE_VERSION, lmm.fingerprint, str(lmm.num_layers), str(lmm.dtype), *example.image_digests()]
     facts += [f"video {digest} {example.frames}" for digest in example.video_digests()]
+    facts += [f"virtual {tokens.key}" for tokens in example.virtual]
     digest = hashlib.sha256("\n".join(facts).encode())
     digest.update(prompt.token_ids.tobytes())
     return digest.hexdigest()
@@ -206,7 +208,7 @@ def run_batches(
     def host_batch(plan: BatchPlan) -> Batch:
         chosen = [examples[row] for row in plan.rows]
         pixels = [lmm.processor.pixels(example.load_images(), example.load_videos()) for example in chosen]
-        return assemble(plan, prompts, pixels)
+        return assemble(plan, prompts, pixels, [example.virtual_tokens() for example in chosen])
 
     bar = tqdm(
         total=sum(len(plan.rows) for plan in plans),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sav_jax.aim import DemonstrationBank, load_aim
 from sav_jax.dual_encoder import load_dual_encoder
 from sav_jax.errors import UserError
 from sav_jax.eval.embeddings import Embeddings
@@ -71,6 +72,7 @@ class Reader:
       passes: prompts that were run through a model as it is.
       patched_passes: prompts that were run with head outputs changed: to answer, and in searches for what to change
         (there a prompt read once serves all masks of a step).
+      demonstration_passes: demonstrations that were read by themselves, to be shown as virtual tokens.
       prompts: keys of all distinct (model, prompt) pairs that were asked for, run or read from the cache.
       seconds: spent in loading and running models.
     """
@@ -78,7 +80,7 @@ class Reader:
     def __init__(self, load: Callable[[], LMM], batch_size: int = 8, cache: str | None = None) -> None:
         self._load = load
         self.batch_size, self.cache = batch_size, cache
-        self.passes = self.patched_passes = 0
+        self.passes = self.patched_passes = self.demonstration_passes = 0
         self.prompts: set[str] = set()
         self.seconds = 0.0
 
@@ -100,6 +102,11 @@ class Reader:
         """A dual encoder, loaded when first asked for, and its embeddings, kept."""
         with self.timed():
             return Embeddings(load_dual_encoder(path), self.cache)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def bank(self, path: str) -> DemonstrationBank:
+        """Demonstrations as virtual tokens, by a projection that is loaded when first asked for."""
+        return DemonstrationBank(self.lmm, load_aim(path), self.batch_size)
 
     def read(
         self,
@@ -183,7 +190,10 @@ class Universe:
         """Likelihoods of the task's answers and the answer written after other prompts, or with head outputs changed;
         without heads.
         """
-        prompts = ((e.question, e.frames, *map(id, e.images), "", *map(id, e.videos)) for e in examples)
+        prompts = (
+            (e.question, e.frames, *map(id, e.images), "", *map(id, e.videos), *(v.key for v in e.virtual))
+            for e in examples
+        )
         name = (id(edit), *prompts)
         if name not in self._answers:
             options = [self.task.answer(label) for label in self.labels]

@@ -15,6 +15,7 @@ from sav_jax._files import check_output_folder, write_folder
 from sav_jax.errors import UserError
 from sav_jax.eval.disagreements import disagreements
 from sav_jax.eval.features import Features, Reader, Universe
+from sav_jax.eval.methods.aim import NO_PROJECTION
 from sav_jax.eval.methods.base import Method, Settings
 from sav_jax.eval.plots import head_map
 from sav_jax.eval.results import (
@@ -40,7 +41,7 @@ class Plan:
 
     Attributes:
       shots, seeds: every number of shots is run with every seed.
-      num_heads, demonstrations, mtv, lora_..., max_new_tokens, batch_size, cache, clip, siglip: see
+      num_heads, demonstrations, mtv, lora_..., max_new_tokens, batch_size, cache, clip, siglip, aim: see
         :class:`sav_jax.eval.methods.Settings`.
       limit: answer only so many queries of each task; None for all.
       allow_leak: go on when a query also stands in the support.
@@ -62,6 +63,7 @@ class Plan:
     cache: str | None = None
     clip: str | None = None
     siglip: str | None = None
+    aim: str | None = None
     allow_leak: bool = False
     data_dir: Path = Path("data")
     log_samples: bool = True
@@ -82,6 +84,7 @@ class Plan:
             cache=self.cache,
             clip=self.clip,
             siglip=self.siglip,
+            aim=self.aim,
         )
 
 
@@ -184,8 +187,11 @@ def evaluate(
         "allow_leak": plan.allow_leak,
         "clip": plan.clip,
         "siglip": plan.siglip,
+        "aim": plan.aim,
     }
     passes = {"forward": reader.passes, "prompts": len(reader.prompts), "patched": reader.patched_passes}
+    if reader.demonstration_passes:
+        passes["demonstrations"] = reader.demonstration_passes
     extra = {"passes": passes, "disagreements": strangest}
     files["results.json"] = results_json(summaries, config, model, timing, extra, groups or {})
     write_folder(output, files)
@@ -201,6 +207,8 @@ def evaluate(
     )
     if reader.patched_passes:
         print(f"and {reader.patched_passes} with head outputs changed (mtv)")
+    if reader.demonstration_passes:
+        print(f"and {reader.demonstration_passes} over demonstrations by themselves (aim)")
     kept = [name for name in files if not name.startswith("images/")]
     print(f"written to {output}: {', '.join(kept)}")
     return summaries
@@ -214,6 +222,8 @@ def _check(plan: Plan, methods: Sequence[Method], tasks: Sequence[Task]) -> None
             raise UserError(f"{what} names a number twice")
     if plan.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, not {plan.max_new_tokens}")
+    if plan.aim is None and any(method.name in ("aim", "aim-likelihood") for method in methods):
+        raise UserError(NO_PROJECTION)
     if plan.mtv.prompts < 1:
         raise UserError(f"--mtv-prompts must be at least 1, not {plan.mtv.prompts}")
     if plan.lora_rank < 1 or not plan.lora_rates or not plan.lora_steps or min(plan.lora_steps) < 1:

@@ -1,6 +1,7 @@
 """What a model is given: one batch of prompts with static shapes.
 
-Axes: B batch, T tokens (padded), R positions read, P rows of pixels of one prompt (padded), S taps of one visual token.
+Axes: B batch, T tokens (padded), R positions read, P rows of pixels of one prompt (padded), S taps of one visual token,
+M virtual tokens of one prompt (padded), D width of the decoder.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ class Batch:
         visual_weight: float32 ``[B, T, S]``. A visual token is the weighted sum of its taps: S = 1 copies a row, S = 4
             interpolates bilinearly between four (images larger than the token budget).
         positions: int32 ``[B, T]`` or ``[B, T, 3]`` rotary positions (time, height, width); None counts tokens.
+        virtual_tokens: float ``[B, M, D]`` vectors that stand in for embeddings of tokens, or None.
+        virtual_index: int32 ``[B, T]`` which of them stands at each position, -1 where a real token does; None if
+            ``virtual_tokens`` is.
     """
 
     token_ids: Array
@@ -42,3 +46,5 @@ class Batch:
     visual_index: Array | None = None
     visual_weight: Array | None = None
     positions: Array | None = None
+    virtual_tokens: Array | None = None
+    virtual_index: Array | None = None

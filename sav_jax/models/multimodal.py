@@ -1,7 +1,7 @@
 """The signature all LMMs share: a :class:`Batch` in, an :class:`Output` out, heads in the ``intermediates`` collection.
 
-Axes: B batch, T tokens, R positions read, P rows of pixels of one prompt, M rows of a prompt's visual table, S taps of
-a visual token, D width of the decoder, V vocabulary.
+Axes: B batch, T tokens, R positions read, P rows of pixels of one prompt, M rows of a prompt's visual table (or of its
+virtual tokens), S taps of a visual token, D width of the decoder, V vocabulary.
 
 Which visual token stands where (anyres tiles, unpadding, newline tokens, window orders, reduction of large images) is
 decided on the host; the device only gathers.
@@ -64,8 +64,13 @@ class MultimodalModel(nn.Module):
         raise NotImplementedError
 
     def embed(self, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-        """Token embeddings with visual tokens in their places ``[B, T, D]``, and the same of the deepstack."""
+        """Token embeddings with visual and virtual tokens in their places ``[B, T, D]``, and the visual tokens of the
+        deepstack.
+        """
         x = self.language_model.embed(batch.token_ids)
+        if batch.virtual_tokens is not None and batch.virtual_index is not None:
+            rows = read_at(jnp.asarray(batch.virtual_tokens), jnp.maximum(jnp.asarray(batch.virtual_index), 0))
+            x = jnp.where((jnp.asarray(batch.virtual_index) >= 0)[:, :, None], rows.astype(x.dtype), x)
         if batch.pixels is None or batch.visual_index is None or batch.visual_weight is None:
             return x, None
         table, deepstack = self.encode_images(batch)

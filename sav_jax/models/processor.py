@@ -9,8 +9,9 @@ pixels. A family adds how an image becomes visual tokens (:meth:`Processor.plan_
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ IMAGE_MARK = "<image>"
 """Stands in a question where an image belongs, whatever the model's own image token is."""
 VIDEO_MARK = "<video>"
 """The same for a video."""
+VIRTUAL_MARK = "<demonstration>"
+"""Stands in a question where virtual tokens belong: vectors that take the place of embeddings, such as AIM's."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Prompt:
         visual_index, visual_weight: ``[T, S]``, see :class:`sav_jax.models.batch.Batch`.
         vision: the family's further plans, each ``[P, ...]``.
         positions: int32 ``[T, 3]`` rotary positions, or None to count tokens.
+        virtual_index: int32 ``[T]`` which of the prompt's virtual tokens stands at each position, -1 where a real one
+            does; None if it has none. Their values come later, as pixels do.
     """
 
     token_ids: np.ndarray
@@ -46,6 +51,12 @@ class Prompt:
     visual_weight: np.ndarray
     vision: Mapping[str, np.ndarray] = field(default_factory=dict)
     positions: np.ndarray | None = None
+    virtual_index: np.ndarray | None = None
+
+    @property
+    def num_virtual(self) -> int:
+        """Virtual tokens of the prompt."""
+        return 0 if self.virtual_index is None else int(self.virtual_index.max()) + 1
 
     def extended(self, token_ids: Sequence[int]) -> Prompt:
         """The prompt followed by more text tokens."""
@@ -62,6 +73,18 @@ class Prompt:
             np.pad(self.visual_weight, pad),
             self.vision,
             positions,
+            None if self.virtual_index is None else np.pad(self.virtual_index, (0, len(extra)), constant_values=-1),
+        )
+
+    def cut(self, length: int) -> Prompt:
+        """The first ``length`` tokens."""
+        return replace(
+            self,
+            token_ids=self.token_ids[:length],
+            visual_index=self.visual_index[:length],
+            visual_weight=self.visual_weight[:length],
+            positions=None if self.positions is None else self.positions[:length],
+            virtual_index=None if self.virtual_index is None else self.virtual_index[:length],
         )
 
 
@@ -180,14 +203,39 @@ class Processor:
         """Tokens that end an answer although no file of the checkpoint says so."""
         return ()
 
-    def plan(self, question: str, image_sizes: Sequence[tuple[int, int]], videos: Sequence[VideoShape] = ()) -> Prompt:
-        """Tokens and visual plan of a prompt, from the (height, width) of its images and the shapes of its videos."""
-        return self.expand(self.encode_prompt(self.text(question, len(image_sizes), videos)), image_sizes, videos)
+    def plan(
+        self,
+        question: str,
+        image_sizes: Sequence[tuple[int, int]],
+        videos: Sequence[VideoShape] = (),
+        virtual: Sequence[int] = (),
+    ) -> Prompt:
+        """Tokens and visual plan of a prompt, from the (height, width) of its images, the shapes of its videos and the
+        number of virtual tokens at each of its marks.
+        """
+        text = self.text(question, len(image_sizes), videos)
+        if not virtual:
+            return self.expand(self.encode_prompt(text), image_sizes, videos)
+        # Where they go the tokenizer finds an image token: a token of its own in every vocabulary.
+        ids = self.encode_prompt(text.replace(VIRTUAL_MARK, self.image_token))
+        return self.expand(ids, image_sizes, videos, virtual_places(question, virtual))
 
     def expand(
-        self, token_ids: Sequence[int], image_sizes: Sequence[tuple[int, int]], videos: Sequence[VideoShape] = ()
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        image_sizes: Sequence[tuple[int, int]],
+        videos: Sequence[VideoShape] = (),
+        virtual: Mapping[int, int] | None = None,
     ) -> Prompt:
-        """Widen each image or video token of ``token_ids`` to the visual tokens that it stands for."""
+        """Widen each image or video token of ``token_ids`` to the visual tokens that it stands for.
+
+        Args:
+            token_ids: of the whole prompt.
+            image_sizes, videos: what is shown.
+            virtual: image tokens that stand for virtual tokens instead: place among the image tokens -> how many.
+        """
+        if virtual:
+            return self._with_virtual(np.asarray(token_ids, np.int32), image_sizes, videos, virtual)
         images = self.plan_images(image_sizes)
         clips: list[VisualPlan] = []
         for video in videos:
@@ -222,6 +270,34 @@ class Processor:
         num_rows = sum(plan.num_rows for plan in stored)
         return Prompt(expanded, num_rows, index, weight, vision, self.positions(index[:, 0] >= 0, plans))
 
+    def _with_virtual(
+        self,
+        ids: np.ndarray,
+        image_sizes: Sequence[tuple[int, int]],
+        videos: Sequence[VideoShape],
+        virtual: Mapping[int, int],
+    ) -> Prompt:
+        """Virtual tokens are text to everything else: they count one position each."""
+        media = (self.config.image_token_id, self.video_token_id)
+        filler = next(i for i in range(3) if i not in media)  # never looked at
+        index = np.full(len(ids), -1, np.int32)
+        places = np.flatnonzero(ids == self.config.image_token_id)
+        start = sum(virtual.values())
+        for which in sorted(virtual, reverse=True):
+            start -= virtual[which]
+            numbers = np.arange(start, start + virtual[which], dtype=np.int32)
+            at = places[which]
+            ids = np.concatenate([ids[:at], np.full(len(numbers), filler, np.int32), ids[at + 1 :]])
+            index = np.concatenate([index[:at], numbers, index[at + 1 :]])
+        prompt = self.expand(ids, image_sizes, videos)
+        whole = np.full(len(prompt.token_ids), -1, np.int32)
+        whole[prompt.visual_index[:, 0] < 0] = index[~self.is_media(ids, videos)]
+        return replace(prompt, virtual_index=whole)
+
+    def is_media(self, ids: np.ndarray, videos: Sequence[VideoShape] = ()) -> np.ndarray:
+        """Which tokens stand for an image or a video, bool like ``ids``."""
+        return (ids == self.config.image_token_id) | ((ids == self.video_token_id) & bool(videos))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of text as it stands; no special tokens are added, but those written in it are read as such."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -232,6 +308,23 @@ class Processor:
         return self.tokenizer(text, add_special_tokens=bos is None or not text.startswith(bos), verbose=False)[
             "input_ids"
         ]
+
+
+def virtual_places(question: str, virtual: Sequence[int]) -> dict[int, int]:
+    """Where virtual tokens stand among a prompt's image tokens: place -> how many.
+
+    Args:
+        question: with a ``<demonstration>`` mark for each, and marks for its images if it has any.
+        virtual: their numbers.
+
+    Raises:
+        UserError: there are not as many marks.
+    """
+    marks = re.findall(f"{re.escape(IMAGE_MARK)}|{re.escape(VIRTUAL_MARK)}", question)
+    places = [place for place, mark in enumerate(marks) if mark == VIRTUAL_MARK]
+    if len(places) != len(virtual):
+        raise UserError(f"question has {len(places)} {VIRTUAL_MARK} marks for {len(virtual)}: {question!r}")
+    return dict(zip(places, virtual, strict=True))
 
 
 def _in_order(is_clip: np.ndarray, images: list[VisualPlan], clips: list[VisualPlan]) -> Iterator[VisualPlan]:

@@ -350,17 +350,4 @@ def lesson(processor: Processor, chat: Chat, form: ChatFormat, max_tokens: int |
     cut = len(targets) if max_tokens is None else max_tokens
     if not (targets[:cut] >= 0).any():
         raise UserError(f"{chat.source or 'a conversation'}: nothing is to be learned within {cut} tokens")
-    return Lesson(_cut(prompt, cut), targets[:cut])
-
-
-def _cut(prompt: Prompt, length: int) -> Prompt:
-    if len(prompt.token_ids) <= length:
-        return prompt
-    positions = None if prompt.positions is None else prompt.positions[:length]
-    return replace(
-        prompt,
-        token_ids=prompt.token_ids[:length],
-        visual_index=prompt.visual_index[:length],
-        visual_weight=prompt.visual_weight[:length],
-        positions=positions,
-    )
+    return Lesson(prompt.cut(cut), targets[:cut])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sav_jax.eval.methods import asking, centroid, dual, hec, icl, knn, lora, mtv, probes, reference, sav
+from sav_jax.eval.methods import aim, asking, centroid, dual, hec, icl, knn, lora, mtv, probes, reference, sav
 from sav_jax.eval.methods.base import Method, Outcome, Settings
 
-_MODULES = (reference, asking, icl, mtv, lora, dual, sav, hec, centroid, knn, probes)
+_MODULES = (reference, asking, icl, aim, mtv, lora, dual, sav, hec, centroid, knn, probes)
 
 METHODS: dict[str, Method] = {method.name: method for module in _MODULES for method in module.METHODS}
 """The methods known by name."""

@@ -32,6 +32,7 @@ class Settings:
       batch_size: examples per forward pass.
       cache: path of the feature cache, or None.
       clip, siglip: checkpoints of the dual encoders, or None.
+      aim: folder of AIM's projection, or None.
       mtv: how multimodal task vectors are made.
       lora_rank: of low-rank fine-tuning.
       lora_rates, lora_steps: peak learning rates and numbers of steps that are tried on the support.
@@ -46,6 +47,7 @@ class Settings:
     cache: str | None = None
     clip: str | None = None
     siglip: str | None = None
+    aim: str | None = None
     mtv: Recipe = field(default_factory=Recipe)
     lora_rank: int = 16
     lora_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)

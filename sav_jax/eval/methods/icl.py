@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,9 @@ from sav_jax.errors import UserError
 from sav_jax.eval.features import Features
 from sav_jax.eval.methods.asking import likeliest, written
 from sav_jax.eval.methods.base import Method, Outcome
+from sav_jax.eval.methods.costs import answered
 from sav_jax.eval.tasks.base import Item, Task
-from sav_jax.examples import IMAGE_MARK, VIDEO_MARK, Example
+from sav_jax.examples import Example
 from sav_jax.reading import Readings
 
 
@@ -51,14 +53,24 @@ def _icl_likelihood(features: Features) -> Outcome:
     return dataclasses.replace(likeliest(features, readings.scores), facts=facts)
 
 
-def _readings(features: Features) -> tuple[Readings, dict[str, list[str]]]:
-    """What the model makes of every query after the demonstrations, and the demonstrations' ids."""
+def _readings(features: Features) -> tuple[Readings, dict[str, Any]]:
+    """What the model makes of every query after the demonstrations; the demonstrations' ids, and what that cost."""
+    chosen = chosen_demonstrations(features)
+    prompts = [with_demonstrations(features.task, chosen, item.example) for item in features.split.queries]
+    readings, facts = answered(features, prompts)
+    return readings, {"demonstrations": [item.example.id for item in chosen], **facts}
+
+
+def chosen_demonstrations(features: Features) -> list[Item]:
+    """The run's demonstrations, in order.
+
+    Raises:
+      UserError: there are not as many labelled examples.
+    """
     split, settings = features.split, features.settings
     check_demonstrations(settings.demonstrations, len(split.support))
     rng = np.random.default_rng(settings.seed)
-    chosen = [split.support[row] for row in draw_balanced(features.targets, settings.demonstrations, rng)]
-    prompts = [with_demonstrations(features.task, chosen, item.example) for item in split.queries]
-    return features.answers(prompts), {"demonstrations": [item.example.id for item in chosen]}
+    return [split.support[row] for row in draw_balanced(features.targets, settings.demonstrations, rng)]
 
 
 def check_demonstrations(number: int, available: int) -> None:
@@ -93,24 +105,19 @@ def with_demonstrations(task: Task, demonstrations: Sequence[Item], query: Examp
       demonstrations: labelled items, in order.
       query: the question at the end; its label is not used.
     """
-    shown = "".join(f"{_marked(item.example)}\nAnswer: {task.answer(item.label)}\n\n" for item in demonstrations)
+    shown = "".join(
+        f"{item.example.marked_question()}\nAnswer: {task.answer(item.label)}\n\n" for item in demonstrations
+    )
     images = tuple(image for item in demonstrations for image in item.example.images)
     videos = tuple(video for item in demonstrations for video in item.example.videos)
     return Example(
-        f"{shown}{_marked(query)}\nAnswer:",
+        f"{shown}{query.marked_question()}\nAnswer:",
         images + query.images,
         videos=videos + query.videos,
         frames=query.frames,
         id=query.id,
         source=f"{query.source or query.id} after {len(demonstrations)} demonstrations (--demonstrations)",
     )
-
-
-def _marked(example: Example) -> str:
-    """A question with a mark for each of its images and videos: where it says, else before it."""
-    kinds = ((IMAGE_MARK, example.images), (VIDEO_MARK, example.videos))
-    marks = "".join(mark * len(given) for mark, given in kinds if mark not in example.question)
-    return f"{marks}\n{example.question}" if marks else example.question
 
 
 METHODS = (
