@@ -54,11 +54,11 @@ def _readings(features: Features) -> tuple[Readings, dict[str, Any]]:
     return readings, {"demonstrations": [item.example.id for item in chosen], **facts}
 
 
-def _method(name: str, description: str, run: Any) -> Method:
-    return Method(name, f"AIM (--aim DIR): {description}", run, optional="needs --aim DIR")
+def _method(name: str, description: str, run: Any, generates: bool = False) -> Method:
+    return Method(name, f"AIM (--aim DIR): {description}", run, optional="needs --aim DIR", generates=generates)
 
 
 METHODS = (
-    _method("aim", "--demonstrations labelled examples as virtual tokens, read the model's answer", _aim),
+    _method("aim", "--demonstrations labelled examples as virtual tokens, read the model's answer", _aim, generates=True),
     _method("aim-likelihood", "the class whose answer it then finds likeliest", _aim_likelihood),
 )
