@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,26 @@ if TYPE_CHECKING:
 # The same examples on every run, and no deadline: the first example of a property pays for compiling.
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=25, print_blob=True)
 settings.load_profile("suite")
+
+
+_MAPS = Path("/proc/self/maps")  # of Linux
+_MANY = 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings() -> Iterator[None]:
+    """Programs that this process has compiled are let go when they are many.
+
+    Each is some pieces of mapped memory, of which Linux allows a process 65,530; one more, and the compiler crashes.
+    """
+    yield
+    if _MAPS.exists():
+        with _MAPS.open() as lines:
+            many = sum(1 for _ in lines) > _MANY
+        if many:
+            import jax
+
+            jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
