@@ -19,6 +19,7 @@ from sav_jax.cli import main
 from sav_jax.eval.compare import MCNEMAR, SIGN_FLIPS, compare, compare_json, pair, table
 from sav_jax.eval.features import Features
 from sav_jax.eval.methods import METHODS, Method, Outcome, Settings
+from sav_jax.eval.methods import icl as in_context
 from sav_jax.eval.methods.asking import written
 from sav_jax.eval.metrics import Answers, Units
 from sav_jax.eval.report import write_report
@@ -150,6 +151,8 @@ def test_what_the_model_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         return Readings(("",) * len(examples), np.zeros((len(examples), 0, 0, 0)), np.zeros((1, 0)), texts, 0)
 
     monkeypatch.setattr(Features, "answers", answers)
+    # What prompts cost is asked of a model.
+    monkeypatch.setattr(in_context, "answered", lambda features, prompts: (features.answers(prompts), {}))
     features = made_features(split, task=task, settings=Settings(shots=3, demonstrations=2, seed=1))
     del features._universe.readings
     queries = [item.example for item in split.queries]
