@@ -1,8 +1,9 @@
 """Multinomial logistic regression with an L2 penalty, on examples that are given on their own principal axes.
 
-It has scikit-learn's objective, the sum of the log losses plus ``|W|^2 / (2 C)`` with a free intercept, and its solution.
-The solver is its own because of the size: scikit-learn's copies the examples up to three times, and fits one model at a
-time. Here nothing of the examples' size is made, and all folds of a cross-validation share the passes over them.
+It has scikit-learn's objective, the sum of the log losses plus ``|W|^2 / (2 C)`` with a free intercept, and so its
+solution. The solver is its own because of the size: scikit-learn's copies the examples up to three times and fits one
+model at a time. Here nothing of the examples' size is made, and all folds of a cross-validation share the passes over
+them.
 
 Newton's method with conjugate gradients. On principal axes ``z^T z`` is diagonal, so that the Hessian with every
 example's class covariance ``diag(p) - p p^T`` replaced by their mean has a closed inverse: the preconditioner.
@@ -87,7 +88,7 @@ def fit_logistic(
 def _preconditioner(
     p: np.ndarray, used: np.ndarray, sizes: np.ndarray, penalty: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The inverse of the Hessian if all examples had the mean class covariance, as a function [D + 1, F, C] -> the same.
+    """The inverse of the Hessian if all examples had the mean class covariance: a function of [D + 1, F, C].
 
     Moving all classes alike changes no probability: along that eigenvector the inverse is that of the penalty, and 0
     for the intercepts, which have none.
