@@ -26,6 +26,8 @@ LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 FOLDS = 5
 """Of cross-validation, fewer if a class has fewer examples."""
 
+_AT_ONCE = 2**22  # numbers, examples x classes x folds: the folds of one pass
+
 _NO_VARIANCE = 1e-7  # per root of S: the Gram matrix of unit vectors, of float32 products, is rounding below that
 
 
@@ -172,21 +174,29 @@ def cross_validated(
     """
     from scipy.special import log_softmax
 
-    rows = np.arange(len(z))
+    rows, number = np.arange(len(z)), folds.max() + 1 if folds.max() > 0 else 0
     wanted = (targets[:, None] == np.arange(num_classes)).astype(np.float64)
-    number = folds.max() + 1 if folds.max() > 0 else 0
-    # A model without each fold, and the last one with all.
-    used = (folds[:, None] != np.arange(number + 1)).astype(np.float64) if number else np.ones((len(z), 1))
-    start = np.zeros((z.shape[1] + 1, number + 1, num_classes))
-    best: tuple[float, float, np.ndarray, np.ndarray | None] | None = None
-    for strength in LOGISTIC_STRENGTHS if number else (1.0,):
-        start, logits = fit_logistic(z, squares, wanted, used, strength, start)
-        held_out = log_softmax(logits[rows, folds], axis=1) if number else None
-        likelihood = 0.0 if held_out is None else float(held_out[rows, targets].mean())
-        if best is None or likelihood > best[0]:
-            best = likelihood, strength, start[:, -1], held_out
-    assert best is not None
-    return best[1:]
+
+    def begin(fits: int) -> np.ndarray:
+        return np.zeros((z.shape[1] + 1, fits, num_classes))
+
+    strength, held_out = 1.0, None
+    if number:
+        trials = np.empty((len(LOGISTIC_STRENGTHS), len(z), num_classes))
+        at_once = max(1, min(number, _AT_ONCE // wanted.size))
+        for first in range(0, number, at_once):
+            part = np.arange(first, min(first + at_once, number))
+            used = (folds[:, None] != part).astype(np.float64)
+            unseen = rows[np.isin(folds, part)]
+            weights = begin(len(part))
+            for trial, strength in zip(trials, LOGISTIC_STRENGTHS, strict=True):  # each from the last one's solution
+                weights, logits = fit_logistic(z, squares, wanted, used, strength, weights)
+                trial[unseen] = log_softmax(logits[unseen, folds[unseen] - first], axis=1)
+        best = int(np.argmax([trial[rows, targets].mean() for trial in trials]))
+        strength, held_out = LOGISTIC_STRENGTHS[best], trials[best].copy()
+        del trials
+    weights, _ = fit_logistic(z, squares, wanted, np.ones((len(z), 1)), strength, begin(1))
+    return strength, weights[:, 0], held_out
 
 
 METHODS = (
