@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from sav_jax import SparseAttentionVectors
 from sav_jax.eval.calibration import fit_temperature
 from sav_jax.eval.features import Features, Heads
 from sav_jax.eval.methods import METHODS, Outcome, hec, probes
+from sav_jax.eval.methods._logistic import fit_logistic
 from sav_jax.eval.methods.sav import vote_scores
 from sav_jax.eval.tasks import Item
 from sav_jax.examples import Example
@@ -381,6 +383,63 @@ def test_logistic_on_the_rotation_is_logistic_on_the_features(classes: int, shot
     assert outcome.facts == {"C": best}
     np.testing.assert_allclose(scores, fitted(best, np.ones(len(x), bool)).predict_log_proba(q), **CLOSE)
     np.testing.assert_allclose(held_out, tried[best], **CLOSE)
+
+
+@pytest.mark.parametrize(("classes", "noise"), [(2, 1.0), (3, 0.2), (6, 2.0)])
+def test_the_logistic_solver_is_scikit_learns_whatever_the_penalty(classes: int, noise: float) -> None:
+    """Unequal classes, few and many features, separable or not; several fits at once, each from the last penalty's."""
+    from scipy.special import log_softmax
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(classes)
+    targets = np.repeat(np.arange(classes), rng.integers(5, 25, classes))
+    x = rng.standard_normal((classes, 40))[targets] + noise * rng.standard_normal((len(targets), 40))
+    x = lengths_one(x)
+    gram = x @ x.T
+    folds = probes.assign_folds(gram.sum(axis=1), targets, classes)
+    rotation = probes.Rotation.of(gram)
+    assert rotation.support.shape[1] == min(len(x) - 1, 40)
+    wanted = (targets[:, None] == np.arange(classes)).astype(np.float64)
+    used = np.stack([folds != 0, folds != 1, folds >= 0], axis=1).astype(np.float64)
+    weights = np.zeros((rotation.support.shape[1] + 1, 3, classes))
+    for strength in probes.LOGISTIC_STRENGTHS:
+        weights, logits = fit_logistic(rotation.support, rotation.values, wanted, used, strength, weights)
+        for fit in range(3):
+            rows = used[:, fit] == 1
+            model = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-10).fit(x[rows], targets[rows])
+            expected = model.predict_log_proba(x)
+            # Everything is float64 here, and the solver stops when no logit moves by more than 1e-7.
+            np.testing.assert_allclose(log_softmax(logits[:, fit], axis=1), expected, rtol=1e-6, atol=1e-6)
+            own = rotation.rotate(x @ x.T) @ weights[:-1, fit] + weights[-1, fit]
+            np.testing.assert_allclose(log_softmax(own, axis=1), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_logistic_probe_makes_nothing_of_the_size_of_the_rotation(classes: int) -> None:
+    rng = np.random.default_rng(0)
+    targets = np.arange(600) % classes
+    x = lengths_one(rng.standard_normal((classes, 700))[targets] + 4 * rng.standard_normal((600, 700)))
+    gram = x @ x.T
+    folds = probes.assign_folds(gram.sum(axis=1), targets, classes)
+    rotation = probes.Rotation.of(gram)
+    tracemalloc.start()
+    probes.cross_validated(rotation.support, rotation.values, targets, classes, folds)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # Some twenty arrays of 600 x 6 fits x 5 classes, which grow with the examples and not with their square.
+    assert peak < 25 * 600 * 6 * classes * 8 + 2**20
+    assert classes > 2 or peak < rotation.support.nbytes
+
+
+def test_folds_one_by_one_are_as_folds_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, _, _ = made(4, 5, noise=2.0)
+    outcome, scores, held_out = answer("logistic", features)
+    monkeypatch.setattr(probes, "_AT_ONCE", 2 * held_out.size)  # two, two, and the last one
+    again, *arrays = answer("logistic", features)
+    assert again.facts == outcome.facts
+    for one, other in zip((scores, held_out), arrays, strict=True):
+        # The solver stops when no logit moves by more than 1e-7; where it stands then depends on the last bits.
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
 
 
 def test_logistic_on_one_example_per_class_has_nothing_to_leave_out() -> None:

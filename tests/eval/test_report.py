@@ -20,7 +20,7 @@ from results_folders import Made, write_results
 
 from sav_jax.cli import main
 from sav_jax.eval.report.confidence import calibration_bins, risk_curve, sureness
-from sav_jax.eval.report.drawing import line_style, short
+from sav_jax.eval.report.drawing import line_style, line_styles, short
 from sav_jax.eval.report.heatmaps import confusion_counts, confusions
 from sav_jax.eval.report.table import make_table
 from sav_jax.eval.report.words import chunks, in_short
@@ -197,9 +197,9 @@ def test_the_best_and_what_ties_with_it_are_marked(whole: tuple[Path, Path, Page
     assert (output / "report.md").read_text().count("**") == 2 * 8
     assert (output / "report.tex").read_text().count(r"\textbf{") == 8
     best = max(("sav", "hec"), key=lambda m: Results(results).run("colours", 10, m).primary.mean)  # type: ignore[union-attr]
-    assert f"colours, 10 shots per class: {best} is best with accuracy " in page.text
+    assert f"colours, 10 shots per class: {best} is highest with accuracy " in page.text
     other = "hec" if best == "sav" else "sav"
-    assert f"; {other} is not clearly worse. Without labelled examples the best is zero-shot with" in page.text
+    assert f", but not clearly above {other}. Without labelled examples zero-shot is highest with" in page.text
 
 
 def test_pictures_show_the_methods_and_units(whole: tuple[Path, Path, Page]) -> None:
@@ -215,6 +215,89 @@ def test_pictures_show_the_methods_and_units(whole: tuple[Path, Path, Page]) -> 
     assert "zero-shot" not in reliability, "it has no probabilities"
     assert len(re.findall(r"ECE 0\.\d{3}\b", reliability)) == 3
     assert "wrong answers among them (%)" in words_in((output / "figure_0_risk.svg").read_bytes())
+
+
+def test_points_of_the_shots_figure_lie_side_by_side(whole: tuple[Path, Path, Page]) -> None:
+    _, output, page = whole
+    places = []
+    for group in ElementTree.parse(output / "figure_shots.svg").iter():
+        if group.tag.endswith("}g") and "clip-path" in group.attrib:
+            places += [node.attrib["x"] for node in group if node.tag.endswith("}use")]
+    # Two tasks, two numbers of shots; of the four methods zero-shot and knn may be too far behind.
+    assert len(places) >= 2 * 2 * 2
+    assert len(set(places)) == len(places)
+    assert "side by side" in page.text
+    assert "where its line is not level, the queries differ" in page.text
+
+
+def test_risk_curves_begin_where_enough_answers_are_kept(whole: tuple[Path, Path, Page], tmp_path: Path) -> None:
+    assert "Lines begin at the 30 surest answers of all seeds together" in whole[2].text
+    # 75 - 5 x 3 examples are asked once: 60; of 24 the half.
+    few = dataclasses.replace(SMALL, pool=39)
+    page = report(write_results(tmp_path / "results", few), tmp_path / "report")
+    assert "Lines begin at the 12 surest answers" in page.text
+
+
+def test_the_map_of_random_weights_comes_last_in_the_same_colours(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "results", SMALL)
+
+    def control(content: Any) -> None:
+        heads = content["sav_jax"]["heads"]
+        (key,) = heads
+        entry = heads[key]["sav"]["0"]
+        flat = entry | {"head_scores": [[5 for _ in row] for row in entry["head_scores"]]}
+        heads[key] = {"sav-random": {"0": flat}, **heads[key]}
+
+    rewrite(folder / "results.json", control)
+    page = report(folder, tmp_path / "report")
+    assert page.text.index("tells the classes apart (sav)") < page.text.index(
+        "with random weights, before any training"
+    )
+    assert page.text.count("The maps of this task have one scale of colours.") == 2
+    first, second = ((tmp_path / "report" / f"figure_0_heads_{i}.svg").read_bytes() for i in (0, 1))
+    assert first != second
+    # What is written are the axes, the ranks of the heads, and the numbers of the scale.
+    assert words_in(first) == words_in(second)
+
+
+def test_an_interval_without_width_is_not_shown(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "results", dataclasses.replace(SMALL, shots=(5, 10)))
+
+    def constant(content: Any) -> None:
+        for run in content["sav_jax"]["runs"]:
+            if run["method"] == "hec":
+                run["metrics"]["acc"] |= {"mean": 0.75, "ci": [0.75, 0.75]}
+
+    assert "no spread" not in report(folder, tmp_path / "before").text.lower()
+    rewrite(folder / "results.json", constant)
+    page = report(folder, tmp_path / "report")
+    assert "75.0–75.0" not in page.text
+    assert page.text.count("75.0 no spread") == 2
+    assert "“No spread” stands where all queries, or all groups of queries" in page.text
+    assert (tmp_path / "report" / "report.md").read_text().count("75.0 (no spread)") == 2
+    strokes = [
+        (tmp_path / name / "figure_shots.svg").read_bytes().count(b'id="LineCollection')
+        for name in ("before", "report")
+    ]
+    assert strokes[0] - strokes[1] == 1
+
+
+def test_equally_good_methods_share_the_first_place(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "results", SMALL)
+
+    def equal(content: Any) -> None:
+        runs = {run["method"]: run for run in content["sav_jax"]["runs"]}
+        runs["hec"]["metrics"]["acc"] = runs["sav"]["metrics"]["acc"]
+        chance = {"mean": 0.7, "sd": None, "stderr": None, "ci": None, "per_seed": [0.7]}
+        content["sav_jax"]["runs"].append(runs["zero-shot"] | {"method": "chance", "metrics": {"acc": chance}})
+
+    rewrite(folder / "results.json", equal)
+    table = make_table([Results(folder)])
+    told = in_short(table, table.columns[0])
+    assert re.search(r": (hec and sav|sav and hec) are highest with accuracy", told)
+    assert told.endswith(
+        "clearly above all 2 others. Without labelled examples nothing is above chance, which is 70.0\u00a0%."
+    )
 
 
 def test_latex_rows_have_as_many_cells_as_columns(whole: tuple[Path, Path, Page]) -> None:
@@ -281,8 +364,8 @@ def test_thirty_seven_classes_and_many_methods_stay_readable(tmp_path: Path) -> 
     assert len(picture) < 200_000
     assert "Drawn are the 7 best of each task" in page.text
     assert "The 8 most accurate methods are shown" in page.text
-    styles = {json.dumps(line_style(i), default=str) for i in range(28)}
-    assert len(styles) == 28
+    styles = {json.dumps(line_style(i), default=str) for i in range(32)}
+    assert len(styles) == 32
 
 
 def test_missing_pieces_leave_sections_out(tmp_path: Path) -> None:
@@ -339,7 +422,8 @@ def test_several_folders_stand_side_by_side(tmp_path: Path, capsys: pytest.Captu
     )
     page = report([tmp_path / "a", tmp_path / "b"], tmp_path / "report")
     assert "Few-shot classification with tiny and large" in page.text
-    assert "colours, 5 shots per class: sav (large) is best" in page.text
+    assert "colours, 5 shots per class: sav (large) is highest" in page.text
+    assert ", clearly above all 4 others. Without labelled examples zero-shot (large) is highest" in page.text
     table = make_table([Results(tmp_path / "a"), Results(tmp_path / "b")])
     assert table.sources == ("tiny", "large")
     marked = {(row.source, row.method) for row, cell in table.of_column(table.columns[0]) if cell.tied}
@@ -380,7 +464,8 @@ def test_a_metric_that_is_better_when_lower_and_has_no_single_answers(tmp_path: 
         ("a", False),
         ("zero-shot", False),
     ]
-    assert in_short(table, column).startswith("colours, 5 shots per class: c is best with Brier score 20.0\u00a0%")
+    assert in_short(table, column).startswith("colours, 5 shots per class: c is lowest with Brier score 20.0\u00a0%")
+    assert ", but not clearly below b." in in_short(table, column)
     page = report(folder, tmp_path / "report")
     assert "Brier score in %" in page.text
     assert re.search(r"zero-shot [\d.]+ accuracy [\d.]+–[\d.]+", page.text)
@@ -481,6 +566,17 @@ def test_sureness_is_the_probability_of_the_answer_and_zero_without_one() -> Non
     assert found[0].tolist() == [0.7, 0.6, 0.0]
     assert found[1].tolist() == [True, True, False]
     assert sureness([answered(["a"], "a")], ["a", "b"]) is None
+
+
+def test_lines_of_a_panel_differ_in_colour_and_all_lines_in_style() -> None:
+    panels = [["a", "b", "c", "d", "e", "f", "g"], ["h", "a", "i"], ["j", "k", "l", "m", "a", "b", "h"]]
+    styles = line_styles(panels)
+    assert list(styles) == list("abcdefghijklm")
+    for panel in panels:
+        assert len({styles[name]["color"] for name in panel}) == len(panel)
+    assert len({json.dumps(style, default=str) for style in styles.values()}) == 13
+    # More lines than colours: these come again, with other markers and dashes.
+    assert len({json.dumps(style, default=str) for style in line_styles([[str(i) for i in range(12)]]).values()}) == 12
 
 
 def test_long_names_are_cut_in_the_middle_and_lists_into_even_parts() -> None:

@@ -64,11 +64,17 @@ def similarities(rows: Heads, columns: Heads) -> Iterator[tuple[slice, np.ndarra
         yield part, total / (layers * per_layer)
 
 
-def similarity(rows: Heads, columns: Heads) -> np.ndarray:
-    """The same in one piece, float64 [R, S]."""
-    whole = np.empty((len(rows), len(columns)))
-    for part, block in similarities(rows, columns):
-        whole[part] = block
+def similarity(rows: Heads) -> np.ndarray:
+    """The same of some examples to each other in one piece, float64 [R, R], exactly symmetric: only one half of it is
+    computed.
+    """
+    whole = np.empty((len(rows), len(rows)))
+    for start in range(0, len(rows), _ROWS):
+        stop = min(start + _ROWS, len(rows))
+        some, before = (Heads(rows.array, rows.rows[part]) for part in (slice(start, stop), slice(stop)))
+        ((_, block),) = similarities(some, before)
+        block[:, start:] = (block[:, start:] + block[:, start:].T) / 2
+        whole[start:stop, :stop], whole[:start, start:stop] = block, block[:, :start].T
     return whole
 
 

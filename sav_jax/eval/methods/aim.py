@@ -59,6 +59,8 @@ def _method(name: str, description: str, run: Any, generates: bool = False) -> M
 
 
 METHODS = (
-    _method("aim", "--demonstrations labelled examples as virtual tokens, read the model's answer", _aim, generates=True),
+    _method(
+        "aim", "--demonstrations labelled examples as virtual tokens, read the model's answer", _aim, generates=True
+    ),
     _method("aim-likelihood", "the class whose answer it then finds likeliest", _aim_likelihood),
 )

@@ -9,12 +9,12 @@ Axes: S support examples, Q queries, R rows, C classes, D = min(S - 1, length of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from sav_jax.eval.features import Features
 from sav_jax.eval.methods._arithmetic import similarities, similarity
+from sav_jax.eval.methods._logistic import fit_logistic
 from sav_jax.eval.methods.base import Method, Outcome, named
 
 RIDGE_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -25,6 +25,8 @@ LOGISTIC_STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 FOLDS = 5
 """Of cross-validation, fewer if a class has fewer examples."""
+
+_AT_ONCE = 2**22  # numbers, examples x classes x folds: the folds of one pass
 
 _NO_VARIANCE = 1e-7  # per root of S: the Gram matrix of unit vectors, of float32 products, is rounding below that
 
@@ -80,7 +82,7 @@ def _ridge(features: Features) -> Outcome:
     The penalty is the one with the least squared error over all support examples, each left out, and all classes.
     """
     support, queries = features.heads
-    rotation = Rotation.of(similarity(support, support))
+    rotation = Rotation.of(similarity(support))
     wanted = np.where(features.targets[:, None] == np.arange(len(features.split.labels)), 1.0, -1.0)
     fits = [ridge(rotation.support, wanted, penalty) for penalty in RIDGE_PENALTIES]
     errors = [((left_out - wanted) ** 2).mean() for _, left_out in fits]
@@ -113,27 +115,25 @@ def ridge(z: np.ndarray, wanted: np.ndarray, penalty: float) -> tuple[np.ndarray
 
 
 def _logistic(features: Features) -> Outcome:
-    """Multinomial logistic regression with an L2 penalty: scikit-learn's LogisticRegression on the rotated support,
+    """Multinomial logistic regression with an L2 penalty: scikit-learn's LogisticRegression, on the rotated support,
     which has the solution of the whole features.
 
     The strength is the one that finds the classes of the support likeliest in stratified cross-validation, whose
     held-out log probabilities are the support's scores. With a class of one example there is none: C = 1.
     """
+    from scipy.special import log_softmax
+
     support, queries = features.heads
     targets, num_classes = features.targets, len(features.split.labels)
-    gram = similarity(support, support)
+    gram = similarity(support)
     folds = assign_folds(gram.sum(axis=1), targets, num_classes)
     rotation = Rotation.of(gram)
-    z = rotation.support
-    held_out, strength = None, 1.0
-    if folds.max() > 0:
-        trials = [_cross_validated(z, targets, folds, strength) for strength in LOGISTIC_STRENGTHS]
-        likelihoods = [trial[np.arange(len(targets)), targets].mean() for trial in trials]
-        best = int(np.argmax(likelihoods))
-        held_out, strength = trials[best], LOGISTIC_STRENGTHS[best]
-    model = _fit_logistic(z, targets, strength)
+    strength, weights, held_out = cross_validated(rotation.support, rotation.values, targets, num_classes, folds)
     scores = np.concatenate(
-        [_log_probabilities(model, rotation.rotate(similar)) for _, similar in similarities(queries, support)]
+        [
+            log_softmax(rotation.rotate(similar) @ weights[:-1] + weights[-1], axis=1)
+            for _, similar in similarities(queries, support)
+        ]
     )
     return Outcome(named(features.split, scores.argmax(axis=1)), scores, held_out, facts={"C": strength})
 
@@ -159,32 +159,44 @@ def assign_folds(centrality: np.ndarray, targets: np.ndarray, num_classes: int) 
     return folds
 
 
-def _cross_validated(z: np.ndarray, targets: np.ndarray, folds: np.ndarray, strength: float) -> np.ndarray:
-    """Log probabilities of each example by the model that has not seen its fold, [S, C]."""
-    held_out = np.empty((len(z), targets.max() + 1))
-    for fold in range(folds.max() + 1):
-        model = _fit_logistic(z, targets, strength, folds != fold)
-        held_out[folds == fold] = _log_probabilities(model, z[folds == fold])
-    return held_out
+def cross_validated(
+    z: np.ndarray, squares: np.ndarray, targets: np.ndarray, num_classes: int, folds: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray | None]:
+    """The best strength, its weights with the intercepts behind them [D + 1, C], and the log probabilities of each
+    example by the model that has not seen its fold, [S, C] or None.
 
-
-def _fit_logistic(z: np.ndarray, targets: np.ndarray, strength: float, used: np.ndarray | None = None) -> Any:
-    """Fit on the rows that are ``used``, bool [S], by default all. The others weigh nothing: that copies no z."""
-    from sklearn.linear_model import LogisticRegression
-
-    # Newton's method: lbfgs, the default, stops at errors of 1e-3 and more in the logits where the penalty is small.
-    model = LogisticRegression(C=strength, solver="newton-cg", tol=1e-8, max_iter=1000)
-    return model.fit(z, targets, None if used is None else used.astype(np.float64))
-
-
-def _log_probabilities(model: Any, z: np.ndarray) -> np.ndarray:
-    """As ``predict_log_proba``, but without a probability of 0 on the way: [R, C]."""
+    Args:
+      z: float64 [S, D], columns orthogonal and of mean 0.
+      squares: float64 [D], the square of each column's length.
+      targets: int [S].
+      num_classes: C.
+      folds: int [S], from 0; if all are 0 nothing is held out, and the strength is 1.
+    """
     from scipy.special import log_softmax
 
-    logits = model.decision_function(z)
-    if logits.ndim == 1:  # of two classes scikit-learn gives the second one's log odds
-        logits = np.stack([np.zeros_like(logits), logits], axis=1)
-    return log_softmax(logits, axis=1)
+    rows, number = np.arange(len(z)), folds.max() + 1 if folds.max() > 0 else 0
+    wanted = (targets[:, None] == np.arange(num_classes)).astype(np.float64)
+
+    def begin(fits: int) -> np.ndarray:
+        return np.zeros((z.shape[1] + 1, fits, num_classes))
+
+    strength, held_out = 1.0, None
+    if number:
+        trials = np.empty((len(LOGISTIC_STRENGTHS), len(z), num_classes))
+        at_once = max(1, min(number, _AT_ONCE // wanted.size))
+        for first in range(0, number, at_once):
+            part = np.arange(first, min(first + at_once, number))
+            used = (folds[:, None] != part).astype(np.float64)
+            unseen = rows[np.isin(folds, part)]
+            weights = begin(len(part))
+            for trial, strength in zip(trials, LOGISTIC_STRENGTHS, strict=True):  # each from the last one's solution
+                weights, logits = fit_logistic(z, squares, wanted, used, strength, weights)
+                trial[unseen] = log_softmax(logits[unseen, folds[unseen] - first], axis=1)
+        best = int(np.argmax([trial[rows, targets].mean() for trial in trials]))
+        strength, held_out = LOGISTIC_STRENGTHS[best], trials[best].copy()
+        del trials
+    weights, _ = fit_logistic(z, squares, wanted, np.ones((len(z), 1)), strength, begin(1))
+    return strength, weights[:, 0], held_out
 
 
 METHODS = (

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from sav_jax.eval.report.drawing import Figure, draw, legend_below, line_style, new_figure, panels, shares_as_percent
+from sav_jax.eval.report.drawing import Figure, draw, legend_below, line_styles, new_figure, panels, shares_as_percent
 from sav_jax.eval.stored import Answered
 
 _BINS = 10
 _MOST_PANELS, _MOST_LINES = 8, 7
+_FEWEST = 30  # answers that an error rate is drawn of: one of them is 3 points
 
 
 def sureness(answers: Sequence[Answered], labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -71,7 +72,8 @@ def reliability_figure(
             axis.vlines(mean, mean, share, color="#D55E00", linewidth=1.2)
             axis.scatter(mean, share, s=5 + 170 * counts / counts.sum(), color="#0072B2", zorder=3, clip_on=False)
             if errors.get(method) is not None:
-                axis.text(0.97, 0.05, f"ECE {errors[method]:.3f}", transform=axis.transAxes, ha="right")
+                axis.set_title(axis.get_title(loc="left"), pad=18)  # outside, where no point can lie on it
+                axis.text(0, 1.03, f"ECE {errors[method]:.3f}", transform=axis.transAxes, va="bottom")
             axis.set_xlim(0, 1.02)
             axis.set_ylim(0, 1.04)
             axis.set_xticks([0, 0.25, 0.5, 0.75, 1])
@@ -95,15 +97,16 @@ def reliability_figure(
     )
 
 
-def risk_figure(found: Mapping[str, tuple[np.ndarray, np.ndarray]], places: Mapping[str, int], name: str) -> Figure:
+def risk_figure(found: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str) -> Figure:
     """Error rate among the surest answers, for every share of answers kept.
 
     Args:
       found: method -> :func:`sureness`, the most accurate first.
-      places: method -> place among all methods, which decides its colour.
       name: of the file.
     """
     shown = list(found)[:_MOST_LINES]
+    fewest = min(_FEWEST, *(max(len(found[method][0]) // 2, 1) for method in shown))
+    styles = line_styles([shown])
 
     def make() -> Any:
         drawing = new_figure(6.6, 3.6)
@@ -113,9 +116,9 @@ def risk_figure(found: Mapping[str, tuple[np.ndarray, np.ndarray]], places: Mapp
         for method in shown:
             risk = risk_curve(*found[method])
             coverage = np.arange(1, len(risk) + 1) / len(risk)
-            # 200 points are as many as can be seen, and the first answers alone are noise.
-            kept = np.unique(np.linspace(max(len(risk) // 50, 1) - 1, len(risk) - 1, 200).astype(int))
-            style = line_style(places[method]) | {"markevery": 25}
+            # Steps of single answers are no finding: 30 points are enough, and make a line of it.
+            kept = np.unique(np.linspace(fewest - 1, len(risk) - 1, 30).round().astype(int))
+            style = styles[method] | {"markevery": 4}
             (handles[method],) = axis.plot(coverage[kept], risk[kept], **style)
             top = max(top, float(risk[kept].max()))
         axis.set_xlim(0, 1)
@@ -138,5 +141,6 @@ def risk_figure(found: Mapping[str, tuple[np.ndarray, np.ndarray]], places: Mapp
         f"{100 * half:.1f} % of the surest half.",
         "What it brings to answer only when sure (risk-coverage): from right to left the least sure answers are "
         "dropped, and the line shows how many of the kept ones are wrong. A good method's line falls steeply to the "
-        f"left; the right end is its error rate on all queries.{cut}",
+        f"left; the right end is its error rate on all queries. Lines begin at the {fewest} surest answers of all "
+        f"seeds together: the error rate of fewer jumps with every single one.{cut}",
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sav_jax.errors import UserError
-from sav_jax.eval.report.drawing import Figure, draw, legend_below, line_style, panels, shares_as_percent
+from sav_jax.eval.report.drawing import Figure, draw, legend_below, line_styles, panels, shares_as_percent
 from sav_jax.eval.report.table import Cell, Column, Row, Table
-from sav_jax.eval.report.words import counted, metric_name
+from sav_jax.eval.report.words import bounds, counted, metric_name
 from sav_jax.eval.stored import Results
 
 _MOST_LINES = 7
+_SPREAD = 0.3  # of the distance between two numbers of shots, for the strokes of one number beside each other
 _FARTHEST = 0.4  # from the best, as a share
 
 
@@ -30,21 +33,29 @@ def shots_figure(table: Table) -> Figure | None:
     cut = any(len(rows) < len(table.rows) for rows in chosen.values())
 
     def make() -> Any:
-        drawing, axes = panels(list(tasks), 3, 3.3, 2.7)
+        drawing, axes = panels(list(tasks), 3, 3.3, 3.0)
+        drawn = {task: sorted(rows, key=place.__getitem__) for task, rows in chosen.items()}
+        styles = line_styles([[table.name(row) for row in rows] for rows in drawn.values()])
         handles: dict[str, Any] = {}
         for axis, (task, columns) in zip(axes, tasks.items(), strict=True):
-            for row in sorted(chosen[task], key=place.__getitem__):
-                cells = [(column.shots, cell) for column in columns if (cell := _ranked(table, row, column))]
-                x = [count for count, _ in cells]
-                y = [cell.run.primary.mean for _, cell in cells]
-                (handles[table.name(row)],) = axis.plot(x, y, **line_style(place[row]))
-                ends = [cell.run.primary.ci or (cell.run.primary.mean,) * 2 for _, cell in cells]
-                axis.vlines(x, *zip(*ends, strict=True), color=line_style(place[row])["color"], linewidth=1)
             counts = [column.shots for column in columns]
+            gap = min(math.log(after / before) for before, after in itertools.pairwise(counts))
+            for i, row in enumerate(drawn[task]):
+                aside = math.exp(_SPREAD * gap * ((i + 0.5) / len(drawn[task]) - 0.5))
+                style = styles[table.name(row)]
+                cells = [(column.shots, cell) for column in columns if (cell := _ranked(table, row, column))]
+                x = [count * aside for count, _ in cells]
+                y = [cell.run.primary.mean for _, cell in cells]
+                (handles[table.name(row)],) = axis.plot(x, y, **style, linewidth=1.3)
+                ends = [
+                    (at, *found) for at, (_, cell) in zip(x, cells, strict=True) if (found := bounds(cell.run.primary))
+                ]
+                if ends:
+                    axis.vlines(*zip(*ends, strict=True), color=style["color"], linewidth=1)
             axis.set_xscale("log")
             axis.set_xticks(counts, [str(count) for count in counts])
             axis.minorticks_off()
-            axis.set_xlim(counts[0] / 1.15, counts[-1] * 1.15)
+            axis.set_xlim(*(count * math.exp(side * 0.2 * gap) for count, side in ((counts[0], -1), (counts[-1], 1))))
             per_class = "" if columns[0].generative else " per class"
             axis.set_xlabel(f"labelled examples{per_class} (shots)")
             axis.set_ylabel(f"{metric_name(columns[0].metric)} (%)")
@@ -60,14 +71,20 @@ def shots_figure(table: Table) -> Figure | None:
         if cut
         else ""
     )
+    untaught = (
+        " A method that sees no labelled examples gives each query the same answer whatever their number; where its "
+        "line is not level, the queries differ: examples that are labelled in one draw can be queries in the other."
+        if any(not row.uses_support for rows in chosen.values() for row in rows)
+        else ""
+    )
     return Figure(
         "figure_shots.svg",
         draw(make),
         f"Line chart: {metric_name(table.columns[0].metric)} against labelled examples{counted(table)}, for "
         f"{_names(tasks)}.",
-        "What more labelled examples bring: one line per method, vertical strokes are 95 % intervals. Lines that rise "
-        "to the right profit from more examples; methods without labelled examples stay flat but for the queries that "
-        f"more support takes away.{which}",
+        "What more labelled examples bring: one line per method, vertical strokes are 95 % intervals, side by side so "
+        "that none hides another. Lines that rise to the right profit from more examples."
+        f"{untaught}{which}",
     )
 
 
@@ -122,10 +139,11 @@ def sweep_figures(results: Sequence[Results], table: Table, keys: Mapping[tuple[
 def _draw_sweep(found: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], x_label: str, name: str) -> Any:
     drawing, axes = panels(list(found), 3, 3.3, 2.5)
     methods = list(dict.fromkeys(method for of in found.values() for method in of))
+    styles = line_styles([methods])
     handles: dict[str, Any] = {}
     for axis, of_methods in zip(axes, found.values(), strict=True):
         for method, (x, y) in of_methods.items():
-            style = line_style(methods.index(method))
+            style = styles[method]
             (handles[method],) = axis.plot(x, y.mean(0), **style)
             if len(y) > 1:
                 axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.18, linewidth=0)

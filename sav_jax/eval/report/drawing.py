@@ -8,14 +8,15 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 # Okabe and Ito's colours without the yellow, which is too light for lines on white: distinct for colour-blind people.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# The brown is as dark as the black is not, and far from the orange.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C510A")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<")  # one more than colours: the same two do not meet again soon
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 
 _SETTINGS = {
@@ -60,12 +61,31 @@ class Figure:
 
 
 def line_style(place: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the method at this place; the first 28 are all different."""
+    """Colour, marker and dashes of the line at this place; the first 32 are all different."""
     return {
         "color": _COLOURS[place % len(_COLOURS)],
         "marker": _MARKERS[place % len(_MARKERS)],
         "linestyle": _DASHES[place // len(_COLOURS) % len(_DASHES)],
     }
+
+
+def line_styles(panels: Iterable[Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """Styles of named lines: no two names have the same, and as far as colours go round no two lines of a panel have
+    the same colour.
+
+    Args:
+      panels: the names in each panel.
+    """
+    together: dict[str, set[str]] = {}
+    for names in panels:
+        for name in names:
+            together.setdefault(name, set()).update(names)
+    places: dict[str, int] = {}
+    for name, others in together.items():
+        near = {places[other] % len(_COLOURS) for other in others if other in places}
+        free = [place for place in range(len(together) + len(_COLOURS)) if place not in places.values()]
+        places[name] = next((place for place in free if place % len(_COLOURS) not in near), free[0])
+    return {name: line_style(place) for name, place in places.items()}
 
 
 @contextmanager

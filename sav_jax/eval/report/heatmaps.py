@@ -14,16 +14,45 @@ from sav_jax.errors import UserError
 from sav_jax.eval.report.drawing import Figure, draw, new_figure, short
 from sav_jax.eval.stored import Answered, Results
 
+_RANDOM = "sav-random"
 _NUMBERED = 12  # classes up to which squares hold numbers
 
 
-def head_figure(results: Results, key: str, method: str, classes: int, name: str) -> Figure | None:
-    """How well every head classifies by itself, and which of them were chosen; None without heads."""
-    of_seeds = dict(results.part("heads", key)).get(method)
-    if not of_seeds:
-        return None
-    shares, chosen = _head_scores(results, key, method, of_seeds)
-    seeds = len(of_seeds)
+def head_figures(
+    results: Results, key: str, places: Mapping[str, int], classes: int, names: Sequence[str]
+) -> list[Figure]:
+    """Maps of how well every head classifies by itself, and which of them were chosen, all in the same colours.
+
+    Args:
+      results: the folder.
+      key: whose heads are shown.
+      places: method -> place among all methods; the map of a model with random weights is the last.
+      classes: their number.
+      names: of the files; there are no more maps than these.
+    """
+    of_methods = {method: of for method, of in dict(results.part("heads", key)).items() if of}
+    methods = sorted(of_methods, key=lambda method: (method == _RANDOM, places.get(method, len(places))))[: len(names)]
+    maps = [_head_scores(results, key, method, of_methods[method]) for method in methods]
+    low = min((float(shares.min()) for shares, _ in maps), default=0.0)
+    high = max((float(shares.max()) for shares, _ in maps), default=0.0)
+    return [
+        _head_figure(method, of_methods[method], *found, classes, (low, max(high, low + 0.01)), len(maps), name)
+        for method, found, name in zip(methods, maps, names, strict=False)
+    ]
+
+
+def _head_figure(
+    method: str,
+    of_seeds: Mapping[str, Any],
+    shares: np.ndarray,
+    chosen: Mapping[tuple[int, int], int],
+    classes: int,
+    limits: tuple[float, float],
+    count: int,
+    name: str,
+) -> Figure:
+    """One of so many maps: share of the support that each head gets right [L, N], with colours between two limits."""
+    seeds, (low, high) = len(of_seeds), limits
     layers, heads = shares.shape
     support = next(iter(of_seeds.values()))["support"]
     best = tuple(int(i) for i in np.unravel_index(int(shares.argmax()), shares.shape))
@@ -36,7 +65,6 @@ def head_figure(results: Results, key: str, method: str, classes: int, name: str
         drawing = new_figure(max(cell * heads, 2.6) + 1.7, max(cell * layers, 1.6) + 0.7)
         axis = drawing.subplots()
         axis.grid(visible=False)
-        low, high = float(shares.min()), float(max(shares.max(), shares.min() + 0.01))
         image = axis.pcolormesh(shares, cmap="YlGnBu", vmin=low, vmax=high)
         axis.set_aspect("equal")
         for (layer, head), count in chosen.items():
@@ -63,14 +91,20 @@ def head_figure(results: Results, key: str, method: str, classes: int, name: str
         if seeds > 1
         else "Outlined heads vote, 1 being the best"
     )
+    title = (
+        "For comparison, what the same network tells apart with random weights, before any training"
+        if method == _RANDOM
+        else "Where the model tells the classes apart"
+    )
+    same = " The maps of this task have one scale of colours." if count > 1 else ""
     return Figure(
         name,
         draw(make),
         f"Heat map of {layers} layers by {heads} heads; the best single head is head {best[1]} of layer {best[0]}, "
         f"right on {100 * shares[best]:.0f} % of the labelled examples.",
-        f"Where the model tells the classes apart ({method}): each square is one attention head, and its colour says "
+        f"{title} ({method}): each square is one attention head, and its colour says "
         f"how many of the {support} labelled examples that head alone classifies rightly"
-        f"{', on average over the seeds' if seeds > 1 else ''}. {numbers}.",
+        f"{', on average over the seeds' if seeds > 1 else ''}. {numbers}.{same}",
     )
 
 
@@ -168,8 +202,8 @@ def confusion_figure(counts: np.ndarray, labels: Sequence[str], method: str, nam
         draw(make),
         f"Confusion matrix of {len(labels)} classes: {100 * right:.0f} % of the answers lie on the diagonal; the class "
         f"with the fewest right answers is {short(labels[worst], 60)} with {100 * shares[worst, worst]:.0f} %.",
-        f"What is taken for what ({method}, the best method): each row is a right label, each column an answer; right "
-        f"answers lie on the diagonal, and squares beside it are confusions.{numbers}",
+        f"What is taken for what ({method}, the method with the best result): each row is a right label, each column "
+        f"an answer; right answers lie on the diagonal, and squares beside it are confusions.{numbers}",
     )
 
 

@@ -14,7 +14,7 @@ from sav_jax.eval.report.words import (
     column_name,
     counted,
     in_short,
-    interval,
+    interval_or_why,
     legend,
     listed,
     mean_and_sd,
@@ -126,7 +126,7 @@ def _cell(table: Table, row: Row, column: Any) -> dict[str, Any] | None:
         return None
     return {
         "value": mean_and_sd(cell.run.primary),
-        "interval": interval(cell.run.primary),
+        "interval": interval_or_why(cell.run.primary),
         "tied": cell.tied,
         "metric": "" if cell.ranked else metric_name(cell.run.metric),
     }

@@ -13,7 +13,7 @@ import numpy as np
 from sav_jax.errors import UserError
 from sav_jax.eval.report.confidence import reliability_figure, risk_figure, sureness
 from sav_jax.eval.report.drawing import Figure
-from sav_jax.eval.report.heatmaps import confusion_counts, confusion_figure, confusions, head_figure
+from sav_jax.eval.report.heatmaps import confusion_counts, confusion_figure, confusions, head_figures
 from sav_jax.eval.report.table import Table
 from sav_jax.eval.report.words import chunks, metric_description, metric_name, one_line, per_class, percent, scale
 from sav_jax.eval.stored import Answered, Results, Stored
@@ -111,12 +111,8 @@ def make_section(results: Results, table: Table, source: int, task: str, key: st
     shown = [run for run in runs if run.key == key]
     best = _best_first(shown, results)
 
-    heads: list[Figure] = []
-    for method in list(dict(results.part("heads", key)))[:_MOST_HEAD_MAPS]:
-        file = f"figure_{number}_heads_{len(heads)}.svg"
-        if (figure := head_figure(results, key, method, len(labels), file)) is not None:
-            heads.append(figure)
-
+    files = [f"figure_{number}_heads_{i}.svg" for i in range(_MOST_HEAD_MAPS)]
+    heads = head_figures(results, key, place, len(labels), files)
     confusion: list[Figure] = []
     confidence: list[Figure] = []
     mistakes: list[tuple[str, str, int, float]] = []
@@ -137,7 +133,7 @@ def make_section(results: Results, table: Table, source: int, task: str, key: st
         if sure:
             errors = {run.method: _mean(run, "ece") for run in ranked}
             confidence.append(reliability_figure(sure, errors, f"figure_{number}_reliability.svg"))
-            confidence.append(risk_figure(sure, place, f"figure_{number}_risk.svg"))
+            confidence.append(risk_figure(sure, f"figure_{number}_risk.svg"))
     else:
         missing = "examples of them" if free else "pictures of confusions and confidence"
         note = f"Single answers were not written (--log-samples): {missing} are left out."

@@ -13,7 +13,7 @@ from sav_jax.eval.report.words import (
     chunks,
     column_name,
     in_short,
-    interval,
+    interval_or_why,
     legend,
     mean_and_sd,
     metric_name,
@@ -125,6 +125,6 @@ def _tex_cell(table: Table, row: Row, column: Column) -> str:
     if cell is None:
         return "--"
     text = _tex(mean_and_sd(cell.run.primary)) + ("" if cell.ranked else f" {_tex(metric_name(cell.run.metric))}")
-    found = interval(cell.run.primary)
+    found = interval_or_why(cell.run.primary)
     text = f"\\textbf{{{text}}}" if cell.tied else text
     return text + (f" {{\\scriptsize ({_tex(found)})}}" if found else "")

@@ -11,6 +11,7 @@ from sav_jax.eval.stored import Estimate
 
 T = TypeVar("T")
 
+_MOST_NAMES = 4
 _PERCENT = "\u00a0%"  # never at the beginning of a line
 
 _METRICS = {
@@ -54,9 +55,28 @@ def mean_and_sd(estimate: Estimate) -> str:
     return f"{percent(estimate.mean)}{sd}"
 
 
+def bounds(estimate: Estimate) -> tuple[float, float] | None:
+    """The interval; None if there is none or if it has no width.
+
+    It has none if all that is resampled, single queries or groups of them, has the same result: then resampling cannot
+    say how sure the mean is.
+    """
+    return None if estimate.ci is None or _flat(estimate) else estimate.ci
+
+
+def _flat(estimate: Estimate) -> bool:
+    return estimate.ci is not None and estimate.ci[1] - estimate.ci[0] < 1e-9  # but for rounding
+
+
 def interval(estimate: Estimate) -> str:
     """In percent; "" if there is none."""
-    return "" if estimate.ci is None else f"{percent(estimate.ci[0])}–{percent(estimate.ci[1])}"
+    ends = bounds(estimate)
+    return "" if ends is None else f"{percent(ends[0])}–{percent(ends[1])}"
+
+
+def interval_or_why(estimate: Estimate) -> str:
+    """:func:`interval`, or two words in its place that :func:`legend` explains."""
+    return "no spread" if _flat(estimate) else interval(estimate)
 
 
 def shots(count: int) -> str:
@@ -110,7 +130,7 @@ def most_shots(table: Table) -> list[Column]:
 
 
 def in_short(table: Table, column: Column) -> str:
-    """A sentence about who is best on a task."""
+    """Who is highest on a task, and whether that is clear: by the tests that mark the table."""
     ranked = [(row, cell) for row, cell in table.of_column(column) if cell.ranked]
     where = f"{column.task}, {per_class(column.shots, column.generative)}: "
     if not ranked:
@@ -118,23 +138,33 @@ def in_short(table: Table, column: Column) -> str:
     row, best = ranked[0]
     found, unit = interval(best.run.primary), "" if column.metric == "cider" else _PERCENT
     value = f"{percent(best.run.primary.mean)}{unit}" + (f" (95{_PERCENT} interval {found})" if found else "")
-    text = f"{where}{table.name(row)} is best with {metric_name(column.metric)} {value}"
-    tied = [table.name(other) for other, cell in ranked[1:] if cell.tied]
-    if len(tied) > 4:
-        text += f"; {len(tied)} of {len(ranked) - 1} others are not clearly worse"
-    elif tied:
-        text += f"; {listed(tied)} {'is' if len(tied) == 1 else 'are'} not clearly worse"
+    high, above = ("highest", "above") if column.higher_is_better else ("lowest", "below")
+    first = [table.name(one) for one, cell in ranked if cell.best]
+    text = (
+        f"{where}{listed(first)} {'is' if len(first) == 1 else 'are'} {high} with {metric_name(column.metric)} {value}"
+    )
+    others = ranked[len(first) :]
+    tied = [table.name(other) for other, cell in others if cell.tied]
+    if len(tied) > _MOST_NAMES + 1:
+        tied = [*tied[:_MOST_NAMES], f"{len(tied) - _MOST_NAMES} more"]
+    if tied:
+        text += f", but not clearly {above} {listed(tied)}"
+    elif others:
+        text += f", clearly {above} " + (f"all {len(others)} others" if len(others) > 1 else table.name(others[0][0]))
     untaught = [(of, cell) for of, cell in ranked if not of.uses_support and cell is not best]
     if row.uses_support and untaught:
         other, cell = untaught[0]
         value = f"{percent(cell.run.primary.mean)}{unit}"
-        text += f". Without labelled examples the best is {table.name(other)} with {value}"
+        if other.method == "chance":
+            text += f". Without labelled examples nothing is {above} chance, which is {value}"
+        else:
+            text += f". Without labelled examples {table.name(other)} is {high} with {value}"
     return f"{text}."
 
 
 def cell_text(cell: Cell, column: Column) -> str:
     """A cell in one line."""
-    found = interval(cell.run.primary)
+    found = interval_or_why(cell.run.primary)
     other = "" if cell.ranked else f" {metric_name(cell.run.metric)}"
     return mean_and_sd(cell.run.primary) + (f" ({found})" if found else "") + other
 
@@ -142,7 +172,14 @@ def cell_text(cell: Cell, column: Column) -> str:
 def legend(table: Table) -> str:
     """How to read a cell of the table."""
     several = any(cell is not None and cell.run.primary.sd is not None for cell in table.cells.values())
-    with_interval = any(cell is not None and cell.run.primary.ci is not None for cell in table.cells.values())
+    with_interval = any(cell is not None and bounds(cell.run.primary) for cell in table.cells.values())
+    flat = (
+        " “No spread” stands where all queries, or all groups of queries that are resampled together, have the same "
+        "result, as when both questions about a picture get the same answer and one of the two is right: there is no "
+        "interval then, which does not mean that the number is certain."
+        if any(cell is not None and _flat(cell.run.primary) for cell in table.cells.values())
+        else ""
+    )
     metrics = {column.metric for column in table.columns}
     what = metric_name(next(iter(metrics))).capitalize() if len(metrics) == 1 else "The task's metric"
     parts = [f"{what} in %"]
@@ -154,7 +191,7 @@ def legend(table: Table) -> str:
         f" Shots are labelled examples{counted(table)}." if len({column.shots for column in table.columns}) > 1 else ""
     )
     cider = " CIDEr-D is shown times 100, as papers print it." if "cider" in metrics else ""
-    return f"{', '.join(parts)}.{shots_told}{cider}"
+    return f"{', '.join(parts)}.{flat}{shots_told}{cider}"
 
 
 def row_groups(table: Table) -> list[tuple[str, list[Row]]]:
