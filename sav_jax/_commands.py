@@ -38,6 +38,7 @@ def run(options: Any) -> None:
         cli.Predict: _predict,
         cli.Extract: _extract,
         cli.Train: _train,
+        cli.Ask: _ask,
         cli.Eval: _eval,
         cli.Tasks: _tasks,
         cli.Compare: _compare,
@@ -216,6 +217,58 @@ def _train_aim(options: cli.Aim) -> None:
         raise UserError("--data FILE is missing; only the bundled model learns from drawn scenes")
     train_aim(_load(options.model, options.dtype), documents, recipe, options.output)
     print(f"written to {options.output}: projection")
+
+
+def _ask(options: cli.Ask) -> None:
+    from sav_jax.lmm import find_model
+    from sav_jax.train.asking import Sampling, ask, conversation_of
+    from sav_jax.train.chats import format_called
+
+    if not options.image:
+        raise UserError("--image FILE is missing")
+    if options.output is not None:
+        check_output_file(options.output)
+    for image in options.image:
+        if not image.is_file():
+            raise UserError(f"--image: {image} is no file")
+    if options.top_k < 0:
+        raise UserError(f"--top-k must not be negative, not {options.top_k}")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {options.batch_size}")
+    lmm = _load(options.model, options.dtype)
+    name = options.conversation or conversation_of(find_model(options.model))
+    asked = ask(
+        lmm,
+        [Example("-", (image,), id=str(image), source=str(image)) for image in options.image],
+        options.num_questions,
+        format_called(name, lmm.processor, lmm.stop_token_ids),
+        Sampling(
+            temperature=options.temperature,
+            top_k=options.top_k or None,
+            top_p=options.top_p,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
+            description_tokens=options.description_tokens,
+        ),
+        options.batch_size,
+    )
+    rows: list[dict[str, Any]] = [
+        {"image": str(image), "description": one.description, "questions": one.questions}
+        for image, one in zip(options.image, asked, strict=True)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if options.output is not None:
+        write_file(options.output, text.encode())
+    elif options.json:
+        sys.stdout.write(text)
+    else:
+        print(
+            "\n".join(f"{image}\n" + _numbered(one.questions) for image, one in zip(options.image, asked, strict=True))
+        )
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return "\n".join(f"  {number}. {' '.join(text.split())}" for number, text in enumerate(texts, 1))
 
 
 def _tasks(options: cli.Tasks) -> None:

@@ -443,6 +443,60 @@ class Train:
     """What to train."""
 
 
+@dataclass(frozen=True)
+class Ask:
+    model: str
+    """A model that was trained to ask: the folder 'model' of a 'sav-jax train sq-llava' run, a merged SQ-LLaVA, ...
+    (any model is run; what others write has little of a question)."""
+
+    image: Annotated[
+        tyro.conf.UseAppendAction[tuple[Path, ...]], tyro.conf.arg(metavar="FILE", help_behavior_hint="(repeatable)")
+    ]
+    """The image to ask about; may be given several times."""
+
+    num_questions: int = 5
+    """How many questions are drawn about each image."""
+
+    conversation: Annotated[
+        Literal["template", "vicuna-sq"] | None,
+        _optional("{template,vicuna-sq}", "as in the run.json beside the model, else vicuna-sq"),
+    ] = None
+    """How conversations were written in training: by the checkpoint's own chat template, or as SQ-LLaVA was
+    released."""
+
+    temperature: float = 1.2
+    """Of the draws; 0 takes the likeliest tokens. The description before them is always of the likeliest."""
+
+    top_k: int = 300
+    """Draw among the so many likeliest tokens; 0 for all."""
+
+    top_p: float = 0.95
+    """Draw among the likeliest tokens that together reach this probability; 1 for all."""
+
+    max_new_tokens: int = 300
+    """Longest question."""
+
+    description_tokens: int = 1024
+    """Longest description of the image, which the model writes before it asks."""
+
+    seed: int = 0
+    """Of the draws."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print JSON Lines: a row {"image", "description", "questions": [...]} for each image."""
+
+    output: Annotated[Path | None, _optional("FILE", "none")] = None
+    """Write these rows to a file instead of printing questions."""
+
+    batch_size: int = 8
+    """Prompts decoded together. Lower it if memory runs out."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, _optional("{float32,bfloat16,float16}", "as described")
+    ] = None
+    """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given."""
+
+
 def _command(name: str, summary: str, example: str) -> Any:
     return tyro.conf.subcommand(name, description=f"{summary}\n\nExample: {example}")
 
@@ -480,6 +534,14 @@ Command = (
             "train",
             "Tune a model on conversations or labelled examples.",
             "sav-jax train lora --model tiny --data train.jsonl --output run/",
+        ),
+    ]
+    | Annotated[
+        Ask,
+        _command(
+            "ask",
+            "Write the questions that a model trained with SQ-LLaVA's recipe asks about images.",
+            "sav-jax ask --model runs/sq/model --image photo.jpg",
         ),
     ]
     | Annotated[

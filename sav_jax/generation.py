@@ -29,6 +29,7 @@ from sav_jax.models.batch import Batch
 from sav_jax.models.decoder import KVCache
 from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
+from sav_jax.models.processor import Prompt
 from sav_jax.sharding import data_size
 
 _ROOM = 32  # caches grow in steps of so many tokens, so that a few more new tokens do not compile anew
@@ -145,6 +146,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 8,
     progress: bool = True,
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[Generation]:
     """Continue every prompt until the model stops or ``max_new_tokens`` are reached.
 
@@ -158,6 +160,7 @@ def generate(
         seed: of the draws. An example's draws depend on the seed and its place in ``examples``, not on the batch.
         batch_size: prompts decoded together.
         progress: show a bar on stderr.
+        prompts: what the model is given instead of the examples' questions, E prompts with the examples' images.
 
     Returns:
         E :class:`Generation`, in order.
@@ -165,18 +168,9 @@ def generate(
     Raises:
         UserError: an image cannot be read, or an option is out of range.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("seed", seed)):
-        if value is not None and not isinstance(value, int | np.integer):
-            raise UserError(f"{name} must be a whole number, not {value!r}")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
-        raise UserError(f"temperature must be 0 (greedy) or a number from 1e-6 on, not {temperature}")
-    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise UserError("top_k must be at least 1, and top_p in (0, 1]")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed must be from 0 to 2^32 - 1, not {seed}")
-    prompts = plan_prompts(lmm, examples)
+    check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    if prompts is None:
+        prompts = plan_prompts(lmm, examples)
     plans = plan_batches(prompts, batch_size, data_size(lmm.mesh))
     room = -(-max_new_tokens // _ROOM) * _ROOM
     step = _generate_step(lmm.module, room, lmm.stop_token_ids, temperature > 0, top_k, top_p is not None)
@@ -195,6 +189,21 @@ def generate(
             kept = tuple(ids[:length])
             results[row] = Generation(lmm.processor.tokenizer.decode(kept, skip_special_tokens=True), kept)
     return [result for result in results if result is not None]
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+    """Raise UserError if an option of :func:`generate` is out of range."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k), ("seed", seed)):
+        if value is not None and not isinstance(value, int | np.integer):
+            raise UserError(f"{name} must be a whole number, not {value!r}")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not (temperature == 0 or 1e-6 <= temperature < float("inf")):
+        raise UserError(f"temperature must be 0 (greedy) or a number from 1e-6 on, not {temperature}")
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise UserError("top_k must be at least 1, and top_p in (0, 1]")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be from 0 to 2^32 - 1, not {seed}")
 
 
 def sample(

@@ -157,6 +157,28 @@ def test_sampling_follows_the_filtered_distribution() -> None:
     check(frequencies(1.0, 4, 0.72), p * [1, 1, 0, 0, 0])
 
 
+def test_what_may_be_drawn_is_what_the_definition_says() -> None:
+    """SQ-LLaVA's released sampling, against temperature, top-k and nucleus written out in NumPy: over 4,000 draws no
+    token is seen but those, and each of the likely ones is.
+    """
+    temperature, top_k, top_p, draws = 1.2, 300, 0.95, 4_000
+    logits = np.random.default_rng(0).normal(size=1_000).astype(np.float32) * 3
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled)[:top_k]
+    p = np.exp(scaled[order] - scaled[order].max())
+    p /= p.sum()
+    kept = order[np.cumsum(p) - p < top_p]
+    assert 10 < len(kept) < top_k  # both filters bite
+    keys = jax.random.split(jax.random.key(1), draws)
+    rows = jnp.broadcast_to(jnp.asarray(logits), (draws, 1_000))
+    tokens = np.asarray(sample(rows, keys, jnp.float32(temperature), top_k, jnp.float32(top_p)))
+    assert set(tokens) <= set(kept)
+    # A token missing from 4,000 draws at twice ln(4,000)/4,000: a chance of one in 16 million.
+    likely = order[p > 2 * np.log(draws) / draws]
+    assert len(likely) > 5
+    assert set(likely) <= set(tokens)
+
+
 def test_no_options_and_no_examples(lmm: sav_jax.LMM) -> None:
     assert sav_jax.generate(lmm, [], progress=False) == []
     assert sav_jax.score_options(lmm, [], ["a"], progress=False).shape == (0, 1)

@@ -223,6 +223,11 @@ def chat_format(processor: Processor, stop_token_ids: Sequence[int] = ()) -> Cha
     )
 
 
+def format_called(name: str, processor: Processor, stop_token_ids: Sequence[int] = ()) -> ChatFormat:
+    """``"vicuna-sq"``: as SQ-LLaVA was released; ``"template"``: as the checkpoint's own template writes it."""
+    return VICUNA_SQ if name == "vicuna-sq" else chat_format(processor, stop_token_ids)
+
+
 def _asking(user: str) -> str:
     """The header of a question that the model asks itself: "VUSER: " for "USER: "."""
     for name, own in (
@@ -351,3 +356,25 @@ def lesson(processor: Processor, chat: Chat, form: ChatFormat, max_tokens: int |
     if not (targets[:cut] >= 0).any():
         raise UserError(f"{chat.source or 'a conversation'}: nothing is to be learned within {cut} tokens")
     return Lesson(prompt.cut(cut), targets[:cut])
+
+
+def prompt_of(processor: Processor, chat: Chat, form: ChatFormat, role: str) -> Prompt:
+    """What a model is given to say the next turn of a conversation: the tokens of the conversation it was trained on,
+    up to the first that it would have learned.
+
+    A prompt of its own text would not do: where a header ends in a space, as "VUSER: " does, tokenizers join the space
+    to the word that follows.
+
+    Args:
+        processor: of the model.
+        chat: what has been said.
+        form: how it is written.
+        role: who speaks next: "assistant" or "vuser" (the model asks).
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    made = lesson(processor, replace(chat, turns=(*chat.turns, Turn(role, "What"))), form)
+    learned = made.targets >= 0
+    last = int(np.flatnonzero(learned & ~np.append(False, learned[:-1]))[-1])
+    return made.prompt.cut(last)

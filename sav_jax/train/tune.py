@@ -17,7 +17,7 @@ from sav_jax.errors import UserError
 from sav_jax.lmm import LMM, find_model
 from sav_jax.models.weights import INDEX_FILE, save_checkpoint
 from sav_jax.train import loop, supervised
-from sav_jax.train.chats import VICUNA_SQ, Chat, ChatFormat, chat_format
+from sav_jax.train.chats import Chat, ChatFormat, format_called
 from sav_jax.train.data import ChatData
 from sav_jax.train.recipes import Recipe
 
@@ -26,9 +26,7 @@ _SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 
 def form_of(lmm: LMM, recipe: Recipe) -> ChatFormat:
     """How the recipe writes conversations."""
-    if recipe.conversation == "vicuna-sq":
-        return VICUNA_SQ
-    return chat_format(lmm.processor, lmm.stop_token_ids)
+    return format_called(recipe.conversation, lmm.processor, lmm.stop_token_ids)
 
 
 def digest(chats: Sequence[Chat]) -> str:
