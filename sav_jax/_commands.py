@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from sav_jax import cli
 from sav_jax._files import check_output_file, check_output_folder, write_file
+from sav_jax._processes import by_the_first
+from sav_jax._tpu import leave_tpus_alone
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
 from sav_jax.errors import UserError
 from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
@@ -33,12 +35,14 @@ def run(options: Any) -> None:
     Raises:
       UserError: for bad input; no output is then left behind.
     """
+    leave_tpus_alone()
     commands: dict[type, Callable[[Any], None]] = {
         cli.Fit: _fit,
         cli.Predict: _predict,
         cli.Extract: _extract,
         cli.Train: _train,
         cli.Ask: _ask,
+        cli.Plan: _plan,
         cli.Eval: _eval,
         cli.Tasks: _tasks,
         cli.Compare: _compare,
@@ -192,12 +196,13 @@ def _train(options: cli.Train) -> None:
     chosen = options.recipe
     presets = LORA_PRESETS if isinstance(chosen, cli.Lora) else SQ_PRESETS
     recipe = overridden(presets[chosen.preset], vars(chosen))
-    check_output_folder(chosen.output, "run.json")
+    by_the_first(lambda: check_output_folder(chosen.output, "run.json"))
     chats = read_chats(chosen.data, chosen.image_folder)
     base = _load(chosen.model, chosen.dtype)
     tuned, trainable = tuned_with_updates(base, chats, recipe, chosen.output)
     written = export(base, tuned, recipe, trainable, chosen.output, chosen.model)
-    print(f"written to {chosen.output}: {', '.join(written)}")
+    if jax.process_index() == 0:
+        print(f"written to {chosen.output}: {', '.join(written)}")
 
 
 def _train_aim(options: cli.Aim) -> None:
@@ -206,7 +211,7 @@ def _train_aim(options: cli.Aim) -> None:
 
     given = vars(options) | {"shots": None if options.shots is None else _numbers("--shots", options.shots)}
     recipe = overridden(AIM_PRESETS[options.preset], given)
-    check_output_folder(options.output, "run.json")
+    by_the_first(lambda: check_output_folder(options.output, "run.json"))
     if options.data is not None:
         documents = read_documents(options.data, options.image_folder, recipe.pairs, options.seed)
     elif options.model == "tiny":
@@ -216,7 +221,8 @@ def _train_aim(options: cli.Aim) -> None:
     else:
         raise UserError("--data FILE is missing; only the bundled model learns from drawn scenes")
     train_aim(_load(options.model, options.dtype), documents, recipe, options.output)
-    print(f"written to {options.output}: projection")
+    if jax.process_index() == 0:
+        print(f"written to {options.output}: projection")
 
 
 def _ask(options: cli.Ask) -> None:
@@ -265,6 +271,25 @@ def _ask(options: cli.Ask) -> None:
         print(
             "\n".join(f"{image}\n" + _numbered(one.questions) for image, one in zip(options.image, asked, strict=True))
         )
+
+
+def _plan(options: cli.Plan) -> None:
+    jax.config.update("jax_platforms", "cpu")  # what is compiled runs nowhere; a TPU here, if any, is left alone
+    from sav_jax.train.plan import plan_training
+    from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
+
+    presets, usual = (LORA_PRESETS, "llava") if options.task == "train-lora" else (SQ_PRESETS, "stage2")
+    name = options.preset or usual
+    if name not in presets:
+        raise UserError(f"no preset is called {name!r}; there are: {', '.join(presets)}")
+    given = {key: getattr(options, key) for key in ("batch_size", "micro_batches", "remat")}
+    if options.max_tokens < 1 or options.image_rows < 0:
+        raise UserError("--max-tokens must be at least 1, and --image-rows not negative")
+    recipe = overridden(presets[name], given)
+    report = plan_training(
+        options.model, options.topology, options.mesh, recipe, options.max_tokens, options.image_rows
+    )
+    print(report.json() if options.json else report.text())
 
 
 def _numbered(texts: Sequence[str]) -> str:

@@ -497,6 +497,42 @@ class Ask:
     """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    """A config.json, a folder that has one (no weights are read), or 'tiny'."""
+
+    topology: str
+    """The pod to compile for: v5e:4x4, v5p:2x2x2, v6e:8x8, ..."""
+
+    mesh: str
+    """How its chips share the work: 'data' splits batches, 'model' heads and feed-forward widths; data=4,model=4."""
+
+    task: Literal["train-lora", "train-sq"] = "train-lora"
+    """A step of 'sav-jax train lora' or of 'sav-jax train sq-llava'."""
+
+    preset: Annotated[str | None, _optional("NAME", "llava, or stage2")] = None
+    """The recipe, as for these commands."""
+
+    batch_size: Annotated[int | None, _optional("B", "as in the preset")] = None
+    """Conversations per step, over all chips."""
+
+    micro_batches: Annotated[int | None, _optional("N", "as in the preset")] = None
+    """Cut every batch into so many parts, one after the other."""
+
+    remat: Annotated[Literal["none", "dots", "full"] | None, _optional("{none,dots,full}", "as in the preset")] = None
+    """What layers compute again in the backward pass."""
+
+    max_tokens: int = 2048
+    """Tokens of every conversation, with those of its images."""
+
+    image_rows: int = 1
+    """Rows of pixels of every conversation: tiles (LLaVA) or patches (Qwen); 0 for text alone."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print one line of JSON."""
+
+
 def _command(name: str, summary: str, example: str) -> Any:
     return tyro.conf.subcommand(name, description=f"{summary}\n\nExample: {example}")
 
@@ -542,6 +578,15 @@ Command = (
             "ask",
             "Write the questions that a model trained with SQ-LLaVA's recipe asks about images.",
             "sav-jax ask --model runs/sq/model --image photo.jpg",
+        ),
+    ]
+    | Annotated[
+        Plan,
+        _command(
+            "plan",
+            "Compile for a TPU pod that is not there: memory of each chip, products, collectives. Needs libtpu (extra "
+            "'plan').",
+            "sav-jax plan --model config.json --topology v5e:4x4 --mesh data=4,model=4 --batch-size 16",
         ),
     ]
     | Annotated[

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "model")
 
 # Parameter path (re.search) -> mesh axis of each trailing dimension; leading dimensions (stacked layers) stay whole.
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -55,6 +58,23 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def data_size(mesh: Mesh | None) -> int:
     """How many ways the batch is split; every batch size is a multiple of it."""
     return 1 if mesh is None else mesh.shape.get("data", 1)
+
+
+def own_rows(mesh: Mesh | None, number: int) -> slice:
+    """Which rows of a batch of ``number`` the devices of this process hold."""
+    if mesh is None:
+        return slice(0, number)
+    spans = batch_sharding(mesh).addressable_devices_indices_map((number,)).values()
+    held = [part[0].indices(number) for part in spans if part is not None]
+    return slice(min(start for start, _, _ in held), max(stop for _, stop, _ in held))
+
+
+def put_own_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """As :func:`put_batch`, where every process has only the rows that :func:`own_rows` says."""
+    if mesh is None:
+        return jax.device_put(tree)
+    split = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(split, np.asarray(rows)), tree)
 
 
 def put_batch(tree: Any, mesh: Mesh | None) -> Any:

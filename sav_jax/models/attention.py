@@ -6,7 +6,9 @@ K, H head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,19 @@ def _blocked(
 BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "blocked": _blocked}
 
 
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """While this is open, what is traced is meant for another platform than the default one."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -89,13 +104,14 @@ def attention(
         causal: query t sees keys 0..t (T and S start together).
         lengths: int32 ``[B]`` keys that are real, the first of each row; None means all.
         offsets: int32 ``[B]``; with causal, query t of row b stands at key ``offsets[b] + t`` (a cache before it).
-        backend: a name in ``BACKENDS``; None picks the one measured best on the default platform.
+        backend: a name in ``BACKENDS``; None picks the one measured best on the platform: the default one, unless
+            :func:`compiling_for` says otherwise.
 
     Returns:
         ``[B, T, N, H]`` in v's dtype. Rows at padded queries are finite and meaningless.
     """
     if backend is None:
-        backend = "blocked" if jax.default_backend() == "cpu" else "xla"
+        backend = "blocked" if (_PLATFORM.get() or jax.default_backend()) == "cpu" else "xla"
     return BACKENDS[backend](q, k, v, causal, lengths, offsets)
 
 

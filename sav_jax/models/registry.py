@@ -116,13 +116,14 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Architecture]] = {
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The raw ``config.json`` of a checkpoint directory; that of LLaVA's own releases is rewritten to Hugging Face's
-    layout.
+    """The raw ``config.json`` of a checkpoint directory, or that file itself; that of LLaVA's own releases is rewritten
+    to Hugging Face's layout.
 
     Raises:
         UserError: missing or not a JSON object.
     """
-    file = directory / "config.json"
+    file = directory if directory.is_file() else directory / "config.json"
+    directory = file.parent
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:

@@ -26,6 +26,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sav_jax._processes import by_the_first
 from sav_jax.aim import Aim, Layout, after_demonstrations, encoded, fused, plan_demonstration
 from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_tokens
 from sav_jax.errors import UserError
@@ -35,6 +36,7 @@ from sav_jax.models.batch import Array, Batch
 from sav_jax.models.fusion import FusionConfig, initial_params
 from sav_jax.models.multimodal import MultimodalModel, rematerialized
 from sav_jax.models.processor import Prompt, virtual_places
+from sav_jax.sharding import own_rows
 from sav_jax.train import loop
 from sav_jax.train.chats import ChatFormat, Lesson, chat_format
 from sav_jax.train.data import LessonBatch, Sizes, plan_steps, round_targets, supervised
@@ -292,9 +294,7 @@ class AimData:
     def __getitem__(self, step: int) -> AimBatch:
         """This process's rows of a step, as host arrays."""
         plan = self.plans[step]
-        share = len(plan.rows) // jax.process_count()
-        first = share * jax.process_index()
-        rows = [row for row, _ in plan.rows[first : first + share]]
+        rows = [row for row, _ in plan.rows[own_rows(self.lmm.mesh, len(plan.rows))]]
         lessons, queries, shown = [], [], []
         prompts: list[Prompt] = []
         places = np.zeros((len(rows), plan.bucket.virtual), np.int32)
@@ -395,6 +395,5 @@ def train_aim(lmm: LMM, documents: Sequence[Document], recipe: AimRecipe, output
         )
     trained = jax.device_get(loop.train(problem, data, settings, output, progress))
     aim = Aim(layout, config, {path: np.asarray(value) for path, value in trained.items()}, lmm.fingerprint, lmm.name)
-    if jax.process_index() == 0:
-        aim.save(output / "projection")
+    by_the_first(lambda: aim.save(output / "projection"))
     return aim

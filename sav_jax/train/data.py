@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
 from flax import struct
 
@@ -22,6 +21,7 @@ from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_toke
 from sav_jax.errors import UserError
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Array, Batch
+from sav_jax.sharding import own_rows
 from sav_jax.train.chats import Chat, ChatFormat, Lesson, lesson, with_questions
 
 _STRETCH = 50  # batches that are sorted by length together
@@ -163,9 +163,7 @@ class ChatData:
     def __getitem__(self, step: int) -> LessonBatch:
         """This process's rows of a step, as host arrays."""
         plan = self.plans[step]
-        share = len(plan.rows) // jax.process_count()
-        first = share * jax.process_index()
-        rows = plan.rows[first : first + share]
+        rows = plan.rows[own_rows(self.lmm.mesh, len(plan.rows))]
         lessons = [self._lesson(row, epoch) for row, epoch in rows]
         media = [self.chats[row].media for row, _ in rows]
         pixels = [self.lmm.processor.pixels(example.load_images(), example.load_videos()) for example in media]

@@ -25,8 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sav_jax._files import write_file
+from sav_jax._processes import by_the_first
 from sav_jax.errors import UserError
-from sav_jax.sharding import data_size, put_batch
+from sav_jax.sharding import data_size, put_own_rows
 from sav_jax.train.data import batches
 from sav_jax.train.optimizer import Group, Optimization, Pace, preconditioner, updated
 
@@ -84,13 +85,25 @@ class State:
     optimizer: Any
 
 
+def _build(transform: optax.GradientTransformation, trainable: Trainable) -> State:
+    with jax.numpy_dtype_promotion("standard"):
+        return State(jnp.zeros((), jnp.int32), trainable, transform.init(trainable))
+
+
+def abstract_state(problem: Problem, transform: optax.GradientTransformation) -> State:
+    """The shapes of :func:`initial_state`, and where on the problem's mesh they are to live."""
+    leaves = {path: jax.ShapeDtypeStruct(value.shape, jnp.float32) for path, value in problem.initial.items()}
+    shapes = jax.eval_shape(functools.partial(_build, transform), leaves)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        _state_shardings(problem, shapes),
+    )
+
+
 def initial_state(problem: Problem, transform: optax.GradientTransformation) -> State:
     """The state before the first step, where it is to live."""
-
-    def build(trainable: Trainable) -> State:
-        with jax.numpy_dtype_promotion("standard"):
-            return State(jnp.zeros((), jnp.int32), trainable, transform.init(trainable))
-
+    build = functools.partial(_build, transform)
     placed = {path: _placed(problem, path, value) for path, value in problem.initial.items()}
     if problem.mesh is None:
         return jax.jit(build)(placed)
@@ -99,11 +112,15 @@ def initial_state(problem: Problem, transform: optax.GradientTransformation) -> 
 
 
 def _placed(problem: Problem, path: str, value: Any) -> jax.Array:
-    value = jnp.asarray(value, jnp.float32)
     if problem.mesh is None:
-        return value
+        return jnp.asarray(value, jnp.float32)
     assert problem.shardings is not None
-    return jax.device_put(value, problem.shardings[path])
+    sharding = problem.shardings[path]
+    if isinstance(value, jax.Array):
+        return jax.device_put(value.astype(jnp.float32), sharding)
+    value = np.asarray(value, np.float32)
+    # Every process has all of it, and gives its own devices their parts.
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def _state_shardings(problem: Problem, shapes: State) -> Any:
@@ -166,6 +183,13 @@ def _transform(settings: Optimization) -> optax.GradientTransformation:
     return preconditioner(settings)
 
 
+def transform_of(settings: Optimization) -> optax.GradientTransformation:
+    """The optimiser, the same object for settings that only decide numbers otherwise: a step is compiled for it."""
+    return _transform(
+        Optimization(clip=settings.clip, beta1=settings.beta1, beta2=settings.beta2, epsilon=settings.epsilon)
+    )
+
+
 def train(problem: Problem, data: Data, settings: Optimization, directory: Path, progress: bool = True) -> Trainable:
     """Train to the end, going on from the latest checkpoint in ``directory``.
 
@@ -185,11 +209,8 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
             "batch)"
         )
     directory = directory.absolute()
-    _claim(directory, dict(problem.facts or {}))
-    # What a step is compiled for; the rest of the settings only decides numbers.
-    transform = _transform(
-        Optimization(clip=settings.clip, beta1=settings.beta1, beta2=settings.beta2, epsilon=settings.epsilon)
-    )
+    by_the_first(lambda: _claim(directory, dict(problem.facts or {})))
+    transform = transform_of(settings)
     pace = Pace.of(settings, problem.groups)
     state = initial_state(problem, transform)
     with _Checkpoints(directory / "checkpoints", settings) as checkpoints:
@@ -199,7 +220,7 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
         with _Log(directory, first, settings, progress) as log:
             waiting: list[tuple[int, dict[str, jax.Array]]] = []
             for step, batch in zip(range(first, len(data)), batches(data, first), strict=False):
-                state, metrics = step_function(state, problem.frozen, put_batch(batch, problem.mesh), pace)
+                state, metrics = step_function(state, problem.frozen, put_own_rows(batch, problem.mesh), pace)
                 waiting.append((step, metrics))
                 last = step + 1 == len(data)
                 due = (step + 1) % settings.checkpoint_every == 0 or last
@@ -238,7 +259,7 @@ def _claim(directory: Path, facts: dict[str, Any]) -> None:
             )
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: holds other things (no run.json); choose another folder for the output")
-    elif jax.process_index() == 0:
+    else:
         write_file(file, (json.dumps(facts, indent=2) + "\n").encode())
 
 

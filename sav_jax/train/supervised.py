@@ -94,7 +94,7 @@ def problem(
     lmm: LMM,
     targets: Sequence[Target],
     groups: Sequence[Group],
-    seed: int,
+    seed: int | None,
     remat: str = "none",
     facts: Mapping[str, Any] | None = None,
 ) -> Problem:
@@ -104,7 +104,7 @@ def problem(
         lmm: the base model.
         targets: of low-rank updates; empty for none.
         groups: over all leaves ``lora/...`` and ``params/...``.
-        seed: of the low-rank updates' first values.
+        seed: of the low-rank updates' first values; None: shapes alone, of a model of shapes (:mod:`sav_jax.plan`).
         remat: see :class:`~sav_jax.train.optimizer.Optimization`.
         facts: see :class:`~sav_jax.train.loop.Problem`.
 
@@ -112,7 +112,12 @@ def problem(
         UserError: a target or group matches nothing, or a leaf is in no group.
     """
     params = traverse_util.flatten_dict(lmm.params, sep="/")
-    matrices = lora.init(lmm.module, targets, seed) if targets else {}
+    matrices: Mapping[str, Any] = {}
+    if targets and seed is None:
+        shapes = lora.shapes(lmm.module, targets)
+        matrices = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    elif targets and seed is not None:
+        matrices = lora.init(lmm.module, targets, seed)
     leaves = {f"lora/{path}": value for path, value in matrices.items()}
     leaves |= {f"params/{path}": value for path, value in params.items()}
     chosen = trainable_groups(leaves, groups)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from sav_jax import adapters
+from sav_jax._processes import by_the_first, gathered
 from sav_jax.errors import UserError
 from sav_jax.lmm import LMM, find_model
 from sav_jax.models.weights import INDEX_FILE, save_checkpoint
@@ -113,14 +114,21 @@ def export(base: LMM, tuned: LMM, recipe: Recipe, trainable: Any, output: Path, 
         Names of what was written.
     """
     names = ["model"]
-    write_checkpoint(tuned, find_model(source), output / "model")
-    if not any(path.startswith("params/") for path in trainable):
+    tuned = dataclasses.replace(tuned, params=gathered(tuned.params))
+    trainable = gathered(trainable)
+
+    def write() -> None:
+        write_checkpoint(tuned, find_model(source), output / "model")
+        if any(path.startswith("params/") for path in trainable):
+            return
         matrices = {path.removeprefix("lora/"): value for path, value in trainable.items()}
         try:
             adapters.save(output / "adapter", base.architecture, recipe.targets, matrices, source)
             names.append("adapter")
         except UserError as error:  # a module that PEFT's format cannot hold; the merged model has it all
             print(f"warning: no adapter written: {error}", file=sys.stderr)
+
+    by_the_first(write)
     return names
 
 

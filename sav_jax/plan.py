@@ -1,0 +1,393 @@
+"""Programs compiled for TPU pods that are not there: what they take of each chip, and what the chips tell each other.
+
+Nothing is allocated and nothing runs: parameters are shapes, devices are a description of a pod (a *topology*, such as
+``v5e:4x4``), and the compiler is libtpu's, which needs no TPU. Whatever program is planned is the one that would run:
+:mod:`sav_jax.train.plan` plans steps of training.
+
+Axes: B batch, T tokens, R positions read, P rows of pixels of one prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sav_jax._tpu import leave_tpus_alone
+from sav_jax.errors import UserError
+from sav_jax.lmm import BUNDLED, LMM
+from sav_jax.models.attention import compiling_for
+from sav_jax.models.batch import Batch
+from sav_jax.models.multimodal import MultimodalModel, init_params
+from sav_jax.models.registry import architecture, read_config
+from sav_jax.sharding import AXES, batch_sharding, parameter_sharding
+
+GIB = 2**30
+MEMORY = {
+    "TPU v4": 15.25 * GIB,
+    "TPU v5 lite": 15.75 * GIB,
+    "TPU v5": 95.73 * GIB,
+    "TPU v6 lite": 31.24 * GIB,
+}
+"""What the compiler has to give away on each device, by kind: as it says when a program takes more (libtpu 0.0.52). A
+v4 chip is two devices."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What chips tell each other.
+
+    Attributes:
+        kind: all-gather, all-reduce, reduce-scatter, all-to-all or collective-permute.
+        count: how often, over all layers.
+        bytes: of the arrays that come out on one chip, all of them together.
+    """
+
+    kind: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compiled program; every number is of one chip.
+
+    Attributes:
+        program: what it does.
+        topology: the pod.
+        device: kind of its chips.
+        mesh: axis -> size.
+        fits: the compiler found room for it.
+        memory: bytes it has to give away.
+        total: bytes that the program takes: arguments, outputs that are not written over arguments, temporaries and
+            code. If it does not fit: as much as the compiler said.
+        parameters: bytes of the model's parameters, frozen or not (a part of the arguments); None if it does not fit,
+            like all that follows.
+        arguments, outputs, temporaries: bytes; ``outputs`` are those not written over arguments.
+        flops: of matrix products, everything that is computed twice counted twice, shared evenly among the chips.
+        collectives: by kind; None where the compiler cannot print its program.
+        seconds: that tracing and compiling took.
+    """
+
+    program: str
+    topology: str
+    device: str
+    mesh: Mapping[str, int]
+    fits: bool
+    memory: int
+    total: int
+    parameters: int | None = None
+    arguments: int | None = None
+    outputs: int | None = None
+    temporaries: int | None = None
+    flops: float | None = None
+    collectives: tuple[Collective, ...] | None = None
+    seconds: float | None = None
+
+    def json(self) -> str:
+        """As one line of JSON."""
+        return json.dumps(asdict(self))
+
+    def text(self) -> str:
+        """As lines for people."""
+        chips = math.prod(self.mesh.values())
+        axes = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        lines = [f"{self.program}", f"{self.topology}: {chips} x {self.device}, mesh {axes}"]
+        sizes = {"parameters": self.parameters, "arguments": self.arguments, "outputs": self.outputs}
+        sizes |= {"temporaries": self.temporaries}
+        notes = {"arguments": "with the parameters and the optimiser's state", "outputs": "beyond what they replace"}
+        for name, size in sizes.items():
+            if size is not None:
+                lines.append(f"  {name:<12}{size / GIB:>8.2f} GiB  {notes.get(name, '')}".rstrip())
+        verdict = "fits" if self.fits else "DOES NOT FIT"
+        lines.append(f"  {'total':<12}{self.total / GIB:>8.2f} GiB  of {self.memory / GIB:.2f}: {verdict}")
+        if self.flops is not None:
+            lines.append(f"  {'products':<12}{self.flops / 1e12:>8.2f} TFLOP")
+        for one in self.collectives or ():
+            lines.append(f"  {one.kind:<20}{one.count:>6} x  {one.bytes / GIB:.2f} GiB in all")
+        if self.seconds is not None:
+            lines.append(f"  compiled in {self.seconds:.0f} s")
+        return "\n".join(lines)
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """The devices of a pod, such as ``v5e:4x4``.
+
+    Raises:
+        UserError: no such topology, or libtpu is not installed.
+    """
+    from jax.experimental import topologies
+
+    leave_tpus_alone()
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody holds a chip
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError("planning needs libtpu, TPU's compiler: pip install 'sav-jax[plan]'") from None
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # of several types
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no topology {topology!r} (such as v5e:4x4, v5p:2x2x2, v6e:8x8): {reason}") from None
+
+
+def mesh_of(devices: Sequence[Any], axes: str) -> Mesh:
+    """A mesh from ``data=4,model=4`` over all devices.
+
+    Raises:
+        UserError: an unknown axis, or sizes that do not come to the number of devices.
+    """
+    from jax.experimental import mesh_utils
+
+    sizes: dict[str, int] = {}
+    for part in axes.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or name in sizes or not size.isdigit() or int(size) < 1:
+            raise UserError(f"--mesh takes sizes of {', '.join(AXES)}, such as data=4,model=4, not {axes!r}")
+        sizes[name] = int(size)
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"--mesh {axes} is of {math.prod(sizes.values())} devices; there are {len(devices)}")
+    shape = tuple(sizes.values())
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), tuple(sizes))
+
+
+def abstract_lmm(path: str | Path, mesh: Mesh, dtype: Any = "bfloat16") -> LMM:
+    """A model of shapes alone, from its ``config.json``: it has no weights, no processor and no text.
+
+    Args:
+        path: a file, a folder with a ``config.json``, or a bundled model's name.
+        mesh: where it is to live.
+        dtype: of its parameters.
+
+    Raises:
+        UserError: no such file, or a config that is not understood.
+    """
+    place = BUNDLED.get(str(path), Path(path).expanduser())
+    raw = read_config(place)
+    try:
+        arch = architecture(raw)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    of = parameter_sharding(mesh)
+    shapes = jax.eval_shape(lambda: init_params(arch.module, jax.random.key(0)))
+    flat = {
+        name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=of(name, leaf.shape))
+        for name, leaf in traverse_util.flatten_dict(shapes, sep="/").items()
+    }
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    nothing = cast(Any, None)
+    return LMM(str(path), arch, params, nothing, "", jnp.dtype(dtype), mesh, raw, ())
+
+
+def abstract_batch(module: MultimodalModel, mesh: Mesh, rows: int, tokens: int, read: int, image_rows: int) -> Batch:
+    """Shapes of a batch of prompts with images.
+
+    Args:
+        module: the model.
+        mesh: over which the batch is split.
+        rows, tokens, read: B, T, R.
+        image_rows: P; 0 for prompts without images.
+    """
+    split = batch_sharding(mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+
+    vision: dict[str, Any] = {}
+    if image_rows:
+        smallest = jax.eval_shape(module.dummy_vision)
+        vision = jax.tree.map(lambda x: array((rows, image_rows, *x.shape[2:]), x.dtype), smallest)
+        vision |= {
+            "visual_index": array((rows, tokens, 1), np.int32),
+            "visual_weight": array((rows, tokens, 1), np.float32),
+        }
+    rotary = getattr(module.config.text, "rope_axes", None)
+    return Batch(
+        token_ids=array((rows, tokens), np.int32),
+        lengths=array((rows,), np.int32),
+        read_positions=array((rows, read), np.int32),
+        positions=None if rotary is None else array((rows, tokens, 3), np.int32),
+        **vision,
+    )
+
+
+def on_every_chip(tree: Any, mesh: Mesh) -> Any:
+    """Arrays -> shapes that live whole on every device."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=whole), tree)
+
+
+def plan(
+    program: str, topology: str, mesh: Mesh, function: Any, arguments: Sequence[Any], parameters: Callable[[str], bool]
+) -> Report:
+    """Compile a program.
+
+    Args:
+        program: what it does, for the report.
+        topology: what the mesh's devices were made from.
+        mesh: its devices.
+        function: jitted.
+        arguments: shapes with shardings.
+        parameters: whether the argument at a path (``jax.tree_util.keystr``) is a parameter of the model.
+    """
+    devices = list(mesh.devices.flat)
+    kind = devices[0].device_kind
+    memory = int(MEMORY.get(kind, 0))
+    common = {"program": program, "topology": topology, "device": kind, "mesh": dict(mesh.shape)}
+    start = time.perf_counter()
+    with compiling_for(devices[0].platform):
+        traced = function.trace(*arguments)
+        lowered = traced.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"\(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        found = found or re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)G hbm", str(error))
+        if found is None:
+            raise
+        used = int(float(found[1]) * (GIB if found[2] == "G" else 2**20))
+        return Report(**common, fits=False, memory=int(float(found[3]) * GIB), total=used)
+    seconds = time.perf_counter() - start
+    sizes = compiled.memory_analysis()
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    total = sizes.argument_size_in_bytes + outputs + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
+    leaves = jax.tree_util.tree_leaves_with_path(list(arguments))
+    return Report(
+        **common,
+        fits=not memory or total <= memory,
+        memory=memory,
+        total=total,
+        parameters=sum(_bytes_of(leaf) for path, leaf in leaves if parameters(jax.tree_util.keystr(path))),
+        arguments=sizes.argument_size_in_bytes,
+        outputs=outputs,
+        temporaries=sizes.temp_size_in_bytes,
+        flops=product_flops(traced.jaxpr.jaxpr) / len(devices),
+        collectives=_printed_collectives(compiled),
+        seconds=seconds,
+    )
+
+
+def _bytes_of(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def product_flops(jaxpr: Any) -> float:
+    """Of all matrix products of a jaxpr, two for each multiplication; the bodies of scans as often as they run, those
+    of while loops once.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
+            continue
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(product_flops(inner) for inner in _inner(equation.params))
+    return total
+
+
+def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(one, "eqns"):
+                yield one
+            elif hasattr(one, "jaxpr") and hasattr(one.jaxpr, "eqns"):
+                yield one.jaxpr
+
+
+def _printed_collectives(compiled: Any) -> tuple[Collective, ...] | None:
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # jax 0.10's compiler cannot print some of its programs for v5p and v6e
+        return None
+    return collectives(text)
+
+
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%\S+ = (.*?) ({_KINDS})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?([%\w.\-, ]+)")
+_LOOP = re.compile(r"while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_TRIPS = re.compile(r"known_trip_count[^\d]{1,12}(\d+)")
+
+
+def collectives(text: str) -> tuple[Collective, ...]:
+    """The collectives of a compiled program, from how XLA prints it, by kind.
+
+    A loop's body counts as often as the loop runs: what its condition compares the counter with. An asynchronous
+    collective is printed in several places; its channel tells that they are one.
+    """
+    bodies = _computations(text)
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def visit(name: str, times: int) -> None:
+        for number, line in enumerate(bodies.get(name, ())):
+            if (match := _COLLECTIVE.match(line)) is not None:
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = match[2], channel[1] if channel else f"{name} {number}"
+                count, size = found.get(key, (0, 0))
+                found[key] = max(count, times), max(size, _result_bytes(match[1], bool(match[3])))
+            if (loop := _LOOP.search(line)) is not None:
+                visit(loop[2], times * _trips(line, bodies.get(loop[1], ()), bodies))
+                continue
+            for called in _CALLED.findall(line):
+                for one in called.split(","):
+                    visit(one.strip().lstrip("%"), times)
+
+    visit("ENTRY", 1)
+    kinds: dict[str, tuple[int, int]] = {}
+    for (kind, _), (times, size) in found.items():
+        count, total = kinds.get(kind, (0, 0))
+        kinds[kind] = count + times, total + times * size
+    return tuple(Collective(kind, *kinds[kind]) for kind in sorted(kinds))
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    """Lines of each computation by name; the entry's is "ENTRY"."""
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] | None = None
+    for line in text.splitlines():
+        if lines is None:
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if head is not None:
+                lines = bodies.setdefault("ENTRY" if head[1] else head[2], [])
+        elif line == "}":  # a kernel's configuration may have lines that begin with "}}"
+            lines = None
+        else:
+            lines.append(line)
+    return bodies
+
+
+def _trips(line: str, condition: Sequence[str], bodies: Mapping[str, Sequence[str]]) -> int:
+    known = _TRIPS.search(line)
+    if known is not None:
+        return int(known[1])
+    numbers = [int(n) for row in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", row)]
+    return max(numbers, default=1)
+
+
+def _result_bytes(result: str, started: bool) -> int:
+    """Of an instruction's result; what starts an asynchronous one puts out its operands, too, before the result."""
+    sizes = [
+        math.prod(int(n) for n in shape.split(",") if n) * _item_bytes(dtype) for dtype, shape in _ARRAY.findall(result)
+    ]
+    return max(sizes, default=0) if started else sum(sizes)
+
+
+def _item_bytes(dtype: str) -> int:
+    if dtype == "pred" or dtype.startswith("f8"):
+        return 1
+    return 2 if dtype == "bf16" else max(1, int(dtype[1:]) // 8)

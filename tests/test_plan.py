@@ -1,0 +1,198 @@
+"""Programs compiled for TPU pods that are not there, with libtpu's compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import sav_jax
+from sav_jax import plan
+from sav_jax.cli import main
+from sav_jax.plan import GIB, Collective, Report, collectives, product_flops
+from sav_jax.train.plan import plan_training
+from sav_jax.train.recipes import LORA_PRESETS
+
+PRINTED = """HloModule jit_step, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused (p: bf16[8,2]) -> bf16[8,8] {
+  %p = bf16[8,2]{1,0} parameter(0)
+  ROOT %all-gather.9 = bf16[8,8]{1,0:T(8,128)} all-gather(%p), channel_id=7, dimensions={1}
+}
+
+%condition (s: (s32[], f32[4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %kernel = f32[4]{0} custom-call(%x), backend_config={"a": {
+"b": 1
+}}
+  %all-reduce.1 = f32[4,2]{1,0} all-reduce(%y), channel_id=3, to_apply=%add
+  %started = (bf16[8,2]{1,0}, bf16[8,8]{1,0}) all-gather-start(%z), channel_id=7, dimensions={1}
+  %fusion = bf16[8,8]{1,0} fusion(%z), kind=kOutput, calls=%fused
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]{0}) while(%start), condition=%condition, body=%body
+  %w2 = (s32[], f32[4]{0}) while(%start), condition=%other, body=%quiet, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %all-reduce.2 = (f32[], bf16[16]{0}) all-reduce(%p, %q), channel_id=4, to_apply=%add
+}
+
+%quiet (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %permuted = s8[10]{0} collective-permute(%x), channel_id=9
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run() -> None:
+    """By hand: loops multiply, one channel is one collective wherever it is printed, kernels' lines end nothing."""
+    assert collectives(PRINTED) == (
+        Collective("all-gather", 12, 12 * 8 * 8 * 2),
+        Collective("all-reduce", 12 + 1, 12 * 4 * 2 * 4 + (4 + 16 * 2)),
+        Collective("collective-permute", 3, 3 * 10),
+    )
+
+
+def test_products_are_counted_as_often_as_they_run() -> None:
+    def program(x: jax.Array, weights: jax.Array) -> jax.Array:
+        y, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)
+        return jnp.einsum("bd,bd->b", y, y)
+
+    x, weights = jnp.zeros((3, 8)), jnp.zeros((5, 8, 8))
+    assert product_flops(jax.make_jaxpr(program)(x, weights).jaxpr) == 5 * 2 * 3 * 8 * 8 + 2 * 3 * 8
+
+
+def test_a_step_of_training_for_a_pod(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bundled model's config on four chips: what is where, by arithmetic."""
+    recipe = dataclasses.replace(LORA_PRESETS["llava"], rank=8, dropout=0.0)
+    recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, batch_size=4))
+    report = plan_training("tiny", "v5e:2x2", "data=2,model=2", recipe, 256)
+    assert report.fits
+    assert (report.device, dict(report.mesh), report.memory) == ("TPU v5 lite", {"data": 2, "model": 2}, 15.75 * GIB)
+    assert report.parameters is not None
+    assert report.arguments is not None
+    assert report.temporaries is not None
+    assert report.flops is not None
+    assert report.outputs is not None
+    lmm = sav_jax.load("tiny")
+    count = sum(leaf.size for leaf in jax.tree.leaves(lmm.params))
+    # bfloat16, but for the projector, which trains: float32. Halved where the model axis divides it.
+    assert 2 * count / 2 < report.parameters < 2 * count
+    assert report.parameters < report.arguments
+    # What trains and its two moments are replaced in place; two metrics and a counter come out.
+    assert report.outputs < 100_000
+    assert report.temporaries > 0
+    assert report.total >= report.arguments + report.temporaries
+    # Forward, again in the backward pass (remat), and the gradient of activations: 2 flops per parameter and token
+    # each; weights that are frozen have no gradient. The tower's layers see other numbers of tokens.
+    text = {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
+        lmm.params["language_model"]["layers"]
+    )}  # fmt: skip
+    decoder = sum(leaf.size for name, leaf in text.items() if name.endswith("kernel"))
+    assert 6 * decoder * 4 * 256 / 4 < report.flops < 3 * 6 * count * 4 * 256 / 4
+    # Kernels are used where they lie: nothing is gathered.
+    assert report.collectives is not None
+    assert {one.kind for one in report.collectives} == {"all-reduce"}
+    # Two sums per layer over the model axis, forwards, again, and backwards (after attention, after feed-forward).
+    (reduced,) = report.collectives
+    assert reduced.count >= 8 * 2 * 2
+    again = json.loads(report.json())
+    assert again["total"] == report.total
+    assert again["collectives"][0]["kind"] == "all-reduce"
+    assert f"of 15.75: {'fits'}" in report.text()
+
+
+def test_what_does_not_fit_is_said() -> None:
+    mesh = plan.mesh_of(plan.topology_devices("v5e:2x2"), "data=4")
+    whole = NamedSharding(mesh, PartitionSpec())
+    shape = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.float32, sharding=whole)  # 16 GiB
+    report = plan.plan("a sum", "v5e:2x2", mesh, jax.jit(lambda x: x.T + x), (shape,), lambda path: True)
+    assert not report.fits
+    assert (report.memory, report.temporaries) == (int(15.75 * GIB), None)
+    assert report.total >= 16 * GIB
+    assert "DOES NOT FIT" in report.text()
+    assert json.loads(report.json())["fits"] is False
+
+
+PLAN = ("plan", "--model", "tiny", "--topology", "v5e:2x2", "--mesh", "data=4")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--mesh", "data=3"], "--mesh data=3 is of 3 devices; there are 4"),
+        (["--mesh", "rows=4"], "--mesh takes sizes of data, model"),
+        (["--topology", "v5e:3x5x7"], "no topology 'v5e:3x5x7'"),
+        (["--batch-size", "6"], "batch_size 6 is no multiple of 4"),
+        (["--preset", "stage2"], "no preset is called 'stage2'"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+    ],
+)
+def test_bad_plans_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str], problem: str) -> None:
+    given = dict(zip(PLAN[1::2], PLAN[2::2], strict=True)) | dict([tuple(words)])
+    assert main(["plan", *[word for pair in given.items() for word in pair]]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert problem in captured.err
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_the_command_prints_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from sav_jax.train import plan as training
+
+    given: list[tuple[object, ...]] = []
+    made = Report("a step", "v5e:2x2", "TPU v5 lite", {"data": 4}, True, int(15.75 * GIB), GIB, flops=1e12)
+
+    def planned(*options: object) -> Report:
+        given.append(options)
+        return made
+
+    monkeypatch.setattr(training, "plan_training", planned)
+    options = ["--task", "train-sq", "--batch-size", "32", "--max-tokens", "512", "--remat", "dots"]
+    assert main([*PLAN, *options]) == 0
+    assert capsys.readouterr().out == made.text() + "\n"
+    (model, topology, mesh, recipe, tokens, rows), *_ = given
+    assert (model, topology, mesh, tokens, rows) == ("tiny", "v5e:2x2", "data=4", 512, 1)
+    assert (recipe.sq_ratio, recipe.optimization.batch_size, recipe.optimization.remat) == (0.5, 32, "dots")  # type: ignore[attr-defined]
+    assert main([*PLAN, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["total"] == GIB
+
+
+def test_without_libtpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    assert main([*PLAN]) == 2
+    assert "planning needs libtpu" in capsys.readouterr().err
+
+
+def test_attention_is_chosen_for_the_platform_that_is_compiled_for() -> None:
+    """On this CPU, a program for TPUs has the TPU's back end."""
+    from sav_jax.models.attention import attention, compiling_for
+
+    q = jnp.zeros((1, 512, 1, 8))
+
+    def shapes() -> set[tuple[int, ...]]:
+        jaxpr = jax.make_jaxpr(lambda q: attention(q, q, q, causal=True))(q)
+        return {v.aval.shape for equation in jaxpr.eqns for v in equation.outvars}
+
+    scores = (1, 1, 1, 512, 512)
+    assert scores not in shapes()
+    with compiling_for("tpu"):
+        assert scores in shapes()
+    assert math.prod(np.array(scores)) == 512 * 512

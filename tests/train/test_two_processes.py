@@ -1,0 +1,143 @@
+"""Training in two processes of four devices each: the losses of one process, files written once, resumable by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from checkpoints import Reference, picture
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
+
+from sav_jax import sharding
+from sav_jax.cli import main
+
+DIES_AT = 4  # behind the checkpoint of the same number of steps
+
+PROGRAM = f"""
+import sys, jax
+address, index, sq, lora, *given = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+assert (jax.device_count(), jax.local_device_count()) == (8, 4)
+from sav_jax.cli import main
+from sav_jax.train.data import ChatData
+from sav_jax.errors import UserError
+from sav_jax._processes import by_the_first
+
+assert main(["train", "lora", *given, "--output", lora]) == 0
+get = ChatData.__getitem__
+
+def dying(self, step):
+    if step == {DIES_AT}:
+        raise MemoryError("as if killed")
+    return get(self, step)
+
+ChatData.__getitem__ = dying
+try:
+    main(["train", "sq-llava", "--sq-ratio", "1", *given, "--output", sq])
+except MemoryError:
+    print("died")
+
+def refuse():
+    raise UserError("no, says process 0")
+
+try:
+    by_the_first(refuse)
+except UserError as error:
+    print(error)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def losses(directory: Path) -> list[float]:
+    rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 7)), "every step once"
+    return [row["loss"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with runs of two processes, ``lora-two`` whole and ``sq-two`` half done, and the options of all."""
+    folder = tmp_path_factory.mktemp("processes")
+    rows: list[dict[str, Any]] = []
+    for i in range(16):
+        picture(30, 30, i % 4).save(folder / f"{i % 4}.png")
+        turns = [("human", "What is it?"), ("gpt", f"thing {i % 4}"), ("human", "Why?"), ("gpt", "I see it.")]
+        rows.append({"image": f"{i % 4}.png", "conversations": [{"from": who, "value": text} for who, text in turns]})
+    (folder / "data.json").write_text(json.dumps(rows))
+    given = ["--preset", "debug", "--model", str(reference.directory), "--data", str(folder / "data.json")]
+    given += ["--dropout", "0"]
+    address = f"localhost:{free_port()}"
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, address, str(i), str(folder / "sq-two"), str(folder / "lora-two"), *given],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said_by = [one.communicate(timeout=400) for one in both]
+    finally:
+        for one in both:
+            one.kill()
+    for one, (_, errors) in zip(both, said_by, strict=True):
+        assert one.returncode == 0, errors[-3000:]
+    written = f"written to {folder / 'lora-two'}: model, adapter\n"
+    # Only one says what was written; both know what the first refuses.
+    said = ["".join(x for x in out.splitlines(keepends=True) if not x.startswith("[Gloo]")) for out, _ in said_by]
+    assert said == [f"{written}died\nno, says process 0\n", "died\nno, says process 0\n"]
+    return folder, given
+
+
+def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]]) -> None:
+    folder, given = runs
+    assert main(["train", "lora", *given, "--output", str(folder / "lora-one")]) == 0
+    # As between meshes (test_tuning): sums in another order, and six steps of Adam.
+    np.testing.assert_allclose(losses(folder / "lora-two"), losses(folder / "lora-one"), rtol=2e-4)
+    names = [
+        sorted(str(path.relative_to(folder / name)) for path in (folder / name).rglob("*.safetensors"))
+        for name in ("lora-one", "lora-two")
+    ]
+    assert names[0] == names[1] == ["adapter/adapter_model.safetensors", "model/model.safetensors"]
+    one, two = (load_file(folder / name / "adapter/adapter_model.safetensors") for name in ("lora-one", "lora-two"))
+    for key, value in one.items():
+        # Adam moves what has a gradient of rounding alone by as much as the rest: by the rate of 1e-2, six times.
+        np.testing.assert_allclose(two[key], value, atol=6e-2)
+    assert len(list((folder / "lora-two" / "tensorboard").iterdir())) == 1
+    assert not [path for path in (folder / "lora-two").rglob("*") if path.name.startswith(".")]
+
+
+def test_one_process_resumes_what_two_began(runs: tuple[Path, list[str]]) -> None:
+    folder, given = runs
+    options = ["--sq-ratio", "1", *given]
+    kept = [int(path.name) for path in (folder / "sq-two" / "checkpoints").iterdir()]
+    assert max(kept) == DIES_AT
+    assert main(["train", "sq-llava", *options, "--output", str(folder / "sq-two")]) == 0
+    assert main(["train", "sq-llava", *options, "--output", str(folder / "sq-one")]) == 0
+    np.testing.assert_allclose(losses(folder / "sq-two"), losses(folder / "sq-one"), rtol=2e-4)
+
+
+def test_rows_of_this_process_are_all_of_them() -> None:
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    assert sharding.own_rows(mesh, 8) == slice(0, 8) == sharding.own_rows(None, 8)
+    rows = np.arange(8.0, dtype=np.float32)
+    placed = sharding.put_own_rows({"x": rows}, mesh)["x"]
+    assert placed.sharding == NamedSharding(mesh, PartitionSpec("data"))
+    np.testing.assert_array_equal(placed, rows)
