@@ -77,14 +77,16 @@ def test_a_space_before_the_question_is_the_questions(llava: sav_jax.LMM) -> Non
 def test_questions_repeat_with_the_seed(lmm: sav_jax.LMM) -> None:
     examples = [sav_jax.Example("-", (picture(30, 30, seed),)) for seed in range(2)]
     first, again, other = (
-        ask(lmm, examples, 3, sampling=dataclasses.replace(FEW, seed=seed), progress=False) for seed in (1, 1, 2)
+        ask(lmm, examples, 3, sampling=dataclasses.replace(FEW, seed=seed), batch_size=2, progress=False)
+        for seed in (1, 1, 2)
     )
     assert first == again
     assert [one.description for one in first] == [one.description for one in other]
     assert [one.questions for one in first] != [one.questions for one in other]
     assert [len(one.questions) for one in first] == [3, 3]
     assert len(set(first[0].questions)) > 1
-    likeliest = ask(lmm, examples, 2, sampling=dataclasses.replace(FEW, temperature=0.0), progress=False)
+    greedy = dataclasses.replace(FEW, temperature=0.0)
+    likeliest = ask(lmm, examples, 2, sampling=greedy, batch_size=2, progress=False)
     assert all(one.questions[0] == one.questions[1] for one in likeliest)
 
 
@@ -127,7 +129,7 @@ def test_the_command(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for seed in range(2):
         picture(30, 30, seed).save(tmp_path / f"{seed}.png")
     images = ["--image", str(tmp_path / "0.png"), "--image", str(tmp_path / "1.png")]
-    few = ["--num-questions", "2", "--max-new-tokens", "8", "--description-tokens", "8"]
+    few = ["--num-questions", "2", "--max-new-tokens", "8", "--description-tokens", "8", "--batch-size", "2"]
     command = ["ask", "--model", model, *images, *few]
     assert main([*command, "--json"]) == 0
     printed = capsys.readouterr().out

@@ -24,7 +24,7 @@ DIES_AT = 4  # behind the checkpoint of the same number of steps
 
 PROGRAM = f"""
 import sys, jax
-address, index, sq, lora, *given = sys.argv[1:]
+address, index, dying_run, whole_run, *given = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(index))
 assert (jax.device_count(), jax.local_device_count()) == (8, 4)
 from sav_jax.cli import main
@@ -32,7 +32,7 @@ from sav_jax.train.data import ChatData
 from sav_jax.errors import UserError
 from sav_jax._processes import by_the_first
 
-assert main(["train", "lora", *given, "--output", lora]) == 0
+assert main(["train", "lora", *given, "--output", whole_run]) == 0
 get = ChatData.__getitem__
 
 def dying(self, step):
@@ -42,7 +42,7 @@ def dying(self, step):
 
 ChatData.__getitem__ = dying
 try:
-    main(["train", "sq-llava", "--sq-ratio", "1", *given, "--output", sq])
+    main(["train", "lora", *given, "--output", dying_run])
 except MemoryError:
     print("died")
 
@@ -70,7 +70,7 @@ def losses(directory: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with runs of two processes, ``lora-two`` whole and ``sq-two`` half done, and the options of all."""
+    """A folder with runs of two processes, ``two`` whole and ``dead`` half done, and the options of all."""
     folder = tmp_path_factory.mktemp("processes")
     rows: list[dict[str, Any]] = []
     for i in range(16):
@@ -84,7 +84,7 @@ def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tupl
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(i), str(folder / "sq-two"), str(folder / "lora-two"), *given],
+            [sys.executable, "-c", PROGRAM, address, str(i), str(folder / "dead"), str(folder / "two"), *given],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -99,39 +99,40 @@ def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tupl
             one.kill()
     for one, (_, errors) in zip(both, said_by, strict=True):
         assert one.returncode == 0, errors[-3000:]
-    written = f"written to {folder / 'lora-two'}: model, adapter\n"
-    # Only one says what was written; both know what the first refuses.
-    said = ["".join(x for x in out.splitlines(keepends=True) if not x.startswith("[Gloo]")) for out, _ in said_by]
-    assert said == [f"{written}died\nno, says process 0\n", "died\nno, says process 0\n"]
+    written = f"written to {folder / 'two'}: model, adapter\n"
+    # Only one says what was written; both know what the first refuses. (Gloo's own lines stand between.)
+    for said in ("died\n", "no, says process 0\n"):
+        assert [out.count(said) for out, _ in said_by] == [1, 1]
+    assert [out.count(written) for out, _ in said_by] == [1, 0]
     return folder, given
 
 
 def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]]) -> None:
     folder, given = runs
-    assert main(["train", "lora", *given, "--output", str(folder / "lora-one")]) == 0
+    assert main(["train", "lora", *given, "--output", str(folder / "one")]) == 0
     # As between meshes (test_tuning): sums in another order, and six steps of Adam.
-    np.testing.assert_allclose(losses(folder / "lora-two"), losses(folder / "lora-one"), rtol=2e-4)
-    names = [
-        sorted(str(path.relative_to(folder / name)) for path in (folder / name).rglob("*.safetensors"))
-        for name in ("lora-one", "lora-two")
-    ]
-    assert names[0] == names[1] == ["adapter/adapter_model.safetensors", "model/model.safetensors"]
-    one, two = (load_file(folder / name / "adapter/adapter_model.safetensors") for name in ("lora-one", "lora-two"))
+    np.testing.assert_allclose(losses(folder / "two"), losses(folder / "one"), rtol=2e-4)
+    written = [sorted(path.name for path in (folder / name).rglob("*.safetensors")) for name in ("one", "two")]
+    assert written[0] == written[1] == ["adapter_model.safetensors", "model.safetensors"]
+    one, two = (load_file(folder / name / "adapter/adapter_model.safetensors") for name in ("one", "two"))
+    assert set(one) == set(two)
     for key, value in one.items():
-        # Adam moves what has a gradient of rounding alone by as much as the rest: by the rate of 1e-2, six times.
-        np.testing.assert_allclose(two[key], value, atol=6e-2)
-    assert len(list((folder / "lora-two" / "tensorboard").iterdir())) == 1
-    assert not [path for path in (folder / "lora-two").rglob("*") if path.name.startswith(".")]
+        # Where a gradient is rounding alone its sign may differ: Adam then moves a number the other way, by at most the
+        # rate of 1e-2 in each of six steps.
+        assert np.abs(two[key] - value).max() <= 2 * 6 * 1e-2
+        assert np.median(np.abs(two[key] - value)) < 1e-4
+    assert len(list((folder / "two" / "tensorboard").iterdir())) == 1
+    assert not [path for path in (folder / "two").rglob("*") if path.name.startswith(".")]
 
 
 def test_one_process_resumes_what_two_began(runs: tuple[Path, list[str]]) -> None:
     folder, given = runs
-    options = ["--sq-ratio", "1", *given]
-    kept = [int(path.name) for path in (folder / "sq-two" / "checkpoints").iterdir()]
+    kept = [int(path.name) for path in (folder / "dead" / "checkpoints").iterdir()]
     assert max(kept) == DIES_AT
-    assert main(["train", "sq-llava", *options, "--output", str(folder / "sq-two")]) == 0
-    assert main(["train", "sq-llava", *options, "--output", str(folder / "sq-one")]) == 0
-    np.testing.assert_allclose(losses(folder / "sq-two"), losses(folder / "sq-one"), rtol=2e-4)
+    before = (folder / "dead" / "log.jsonl").read_text()
+    assert main(["train", "lora", *given, "--output", str(folder / "dead")]) == 0
+    assert (folder / "dead" / "log.jsonl").read_text().startswith(before)
+    np.testing.assert_allclose(losses(folder / "dead"), losses(folder / "two"), rtol=2e-4)
 
 
 def test_rows_of_this_process_are_all_of_them() -> None:
