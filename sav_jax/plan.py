@@ -9,6 +9,7 @@ Axes: B batch, T tokens, R positions read, P rows of pixels of one prompt.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -132,10 +133,8 @@ def topology_devices(topology: str) -> list[Any]:
 
     leave_tpus_alone()
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody holds a chip
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise UserError("planning needs libtpu, TPU's compiler: pip install 'sav-jax[plan]'") from None
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("planning needs libtpu, TPU's compiler: pip install 'sav-jax[plan]'")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # of several types

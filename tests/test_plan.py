@@ -145,7 +145,7 @@ PLAN = ("plan", "--model", "tiny", "--topology", "v5e:2x2", "--mesh", "data=4")
     ],
 )
 def test_bad_plans_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str], problem: str) -> None:
-    given = dict(zip(PLAN[1::2], PLAN[2::2], strict=True)) | dict([tuple(words)])
+    given = dict(zip(PLAN[1::2], PLAN[2::2], strict=True)) | {words[0]: words[1]}
     assert main(["plan", *[word for pair in given.items() for word in pair]]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,10 +53,10 @@ def plan_training(
     state = loop.abstract_state(problem, transform)
     rows, tokens = settings.batch_size, round_tokens(max_tokens or recipe.max_tokens or 2048)
     split = batch_sharding(placed)
+    targets: Any = jax.ShapeDtypeStruct((rows, tokens), np.int32, sharding=split)
+    weights: Any = jax.ShapeDtypeStruct((rows, tokens), np.float32, sharding=split)
     batch = LessonBatch(
-        abstract_batch(lmm.module, placed, rows, tokens, tokens, image_rows),
-        jax.ShapeDtypeStruct((rows, tokens), np.int32, sharding=split),
-        jax.ShapeDtypeStruct((rows, tokens), np.float32, sharding=split),
+        abstract_batch(lmm.module, placed, rows, tokens, tokens, image_rows), targets=targets, weights=weights
     )
     pace = on_every_chip(Pace.of(settings, problem.groups), placed)
     micro = f" in {settings.micro_batches} parts" if settings.micro_batches > 1 else ""
