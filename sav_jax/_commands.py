@@ -141,11 +141,12 @@ def _eval(options: cli.Eval) -> None:
     from sav_jax.eval.run import Plan, evaluate
     from sav_jax.eval.tasks import GROUPS, TASKS, default_data_dir, find_tasks
     from sav_jax.eval.tasks.files import from_files
+    from sav_jax.lmm import local_model
     from sav_jax.task_vectors import Recipe
 
     if "list" in (options.tasks, options.methods):
         if options.tasks == "list":
-            print(_listed(_task_lines(TASKS) | _groups(GROUPS)))
+            print(_listed(_task_lines(TASKS) | _groups(GROUPS) | _ANY_TFDS))
         if options.methods == "list":
             free = {True: " (free answers, too)", False: ""}
             print(_listed({name: f"{of.description}{free[of.generates]}" for name, of in METHODS.items()}))
@@ -156,6 +157,7 @@ def _eval(options: cli.Eval) -> None:
         tasks = [from_files(options.train, options.test, options.question, options.running.frames or DEFAULT_FRAMES)]
     else:
         tasks = find_tasks(options.tasks)
+    local_model(options.model)  # a wrong name is no news after an hour of methods that need no model
     evaluate(
         lambda: _load(options.model, options.running.dtype),
         tasks,
@@ -300,10 +302,13 @@ def _tasks(options: cli.Tasks) -> None:
     from sav_jax.eval.tasks import GROUPS, TASKS, card, default_data_dir, find_tasks
 
     if options.names == "all":
-        print(_listed(_task_lines(TASKS) | _groups(GROUPS)))
+        print(_listed(_task_lines(TASKS) | _groups(GROUPS) | _ANY_TFDS))
         return
     data_dir = options.data_dir or default_data_dir()
     print("\n\n".join(card(task, data_dir) for task in find_tasks(options.names)), end="")
+
+
+_ANY_TFDS = {"tfds:NAME": f"{'classification':<14}  any classification set of tensorflow-datasets, by its name there"}
 
 
 def _task_lines(tasks: Mapping[str, Task]) -> dict[str, str]:

@@ -185,16 +185,9 @@ def _stop_token_ids(directory: Path, config: Mapping[str, Any], processor: Proce
 
 def find_model(path: str | Path) -> Path:
     """The directory of a bundled model, a path, or a hub id."""
-    if str(path) in BUNDLED and not Path(path).is_dir():
-        return BUNDLED[str(path)]
-    directory = Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    parts = str(path).split("/")
-    if directory.exists() or len(parts) != 2 or not all(parts) or str(path).startswith((".", "~", "/")):
-        raise UserError(
-            f"no such model: {path} is neither a directory, a hub id (owner/name) nor one of: {', '.join(BUNDLED)}"
-        )
+    found = local_model(path)
+    if found is not None:
+        return found
     from huggingface_hub import snapshot_download
 
     try:
@@ -206,6 +199,25 @@ def find_model(path: str | Path) -> Path:
         raise UserError(
             f"no such model: {path} is not a directory here and cannot be had from the hub ({reason})"
         ) from None
+
+
+def local_model(path: str | Path) -> Path | None:
+    """The directory of a bundled model or a path; None if it looks like a hub id.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if str(path) in BUNDLED and not Path(path).is_dir():
+        return BUNDLED[str(path)]
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    parts = str(path).split("/")
+    if directory.exists() or len(parts) != 2 or not all(parts) or str(path).startswith((".", "~", "/")):
+        raise UserError(
+            f"no such model: {path} is neither a directory, a hub id (owner/name) nor one of: {', '.join(BUNDLED)}"
+        )
+    return None
 
 
 def floating_dtype(dtype: Any) -> Any:

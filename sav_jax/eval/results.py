@@ -24,6 +24,7 @@ from sav_jax.eval.tables import aligned
 from sav_jax.eval.tasks.base import Split, Task
 
 _PACKAGES = ("sav-jax", "jax", "flax", "transformers", "numpy", "pillow", "scikit-learn", "scipy")
+_PIXEL_LIMITS = ("size", "crop_size", "min_pixels", "max_pixels", "image_grid_pinpoints")
 _RESAMPLES = 200  # of metrics that are no means: each is computed anew
 
 
@@ -447,20 +448,34 @@ def _groups_json(summaries: Sequence[Summary], subtasks: Mapping[str, Sequence[s
     return found
 
 
-def samples_jsonl(summaries: Sequence[Summary], fingerprint: str | None = None) -> bytes:
+def samples_jsonl(summaries: Sequence[Summary], model: Mapping[str, Any] | None = None) -> bytes:
     """``samples_KEY.jsonl``: one row per seed, method and query, in lmms-eval's shape; the summaries are of one key.
 
-    Every row says what it depends on: split, version of the task, version of this library, and the model's
-    fingerprint, which covers its weights, tokenizer, chat template and pixel limits.
+    Every row says what it depends on: prompt (with the ids of the demonstrations shown before it), split, version of
+    the task, versions of the libraries, pixel limits, and the model's fingerprint, which covers its weights, tokenizer,
+    chat template and all settings of its processor.
+
+    Args:
+      summaries: of one key.
+      model: its facts in ``results.json``, or None if no model was needed.
     """
+    model = model or {}
+    settings = model.get("image_processor", {})
+    facts = {
+        "model_fingerprint": model.get("fingerprint"),
+        "pixel_limits": {name: settings[name] for name in _PIXEL_LIMITS if name in settings},
+        "sav_jax_version": importlib.metadata.version("sav-jax"),
+        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+    }
     runs = [run for summary in summaries for run in summary.runs if run.answers is not None]
-    return b"".join(_samples(run, fingerprint) for run in runs)
+    return b"".join(_samples(run, facts) for run in runs)
 
 
-def _samples(run: Run, fingerprint: str | None) -> bytes:
+def _samples(run: Run, facts: Mapping[str, Any]) -> bytes:
     answers, lines = run.answers, []
     assert answers is not None
     graded = _graded(run.task, answers)
+    shown = run.outcome.facts.get("demonstrations")
     for index, (item, prediction) in enumerate(zip(answers.items, answers.predictions, strict=True)):
         said = prediction if answers.texts is None else answers.texts[index]
         line: dict[str, Any] = {
@@ -477,13 +492,13 @@ def _samples(run: Run, fingerprint: str | None) -> bytes:
             },
             "input": item.example.question,
             "target": item.example.label,
+            **({"demonstrations": shown} if shown is not None else {}),
             "resps": [[said]],
             "filtered_resps": [prediction],
             "doc_hash": run.names[index],
             "split_hash": run.split.digest,
             "task_version": run.task.version,
-            "model_fingerprint": fingerprint,
-            "sav_jax_version": importlib.metadata.version("sav-jax"),
+            **facts,
         }
         if run.task.generative:
             line["references"] = item.references

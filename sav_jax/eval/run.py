@@ -17,6 +17,7 @@ from sav_jax.eval.disagreements import disagreements
 from sav_jax.eval.features import Features, Reader, Universe
 from sav_jax.eval.methods.aim import NO_PROJECTION
 from sav_jax.eval.methods.base import Method, Settings
+from sav_jax.eval.methods.dual import FAMILIES, no_checkpoint
 from sav_jax.eval.plots import head_map
 from sav_jax.eval.results import (
     Run,
@@ -107,7 +108,7 @@ def evaluate(
       tasks: what to answer.
       methods: how.
       plan: the rest.
-      output: a folder; earlier results of the same name in it are replaced at the end, others stay.
+      output: a folder; earlier results in it are replaced at the end, what else it holds stays.
       groups: benchmarks of several tasks -> names of their tasks.
 
     Returns:
@@ -123,7 +124,6 @@ def evaluate(
     summaries: list[Summary] = []
     files: dict[str, bytes] = {}
     strangest: dict[str, Any] = {}
-    stale: list[str] = []
     # All splits of all tasks before any model runs: a missing file or too small a class is found at once.
     prepared = [(task, *_split(task, plan)) for task in tasks]
     for task, universe_items, splits, digests, numbers in prepared:
@@ -144,10 +144,7 @@ def evaluate(
                 _say(f"  {key}, {method.name}: {of_key[-1].primary} {best.mean:.4f}")
             summaries += of_key
             if plan.log_samples:
-                fingerprint = reader.lmm.fingerprint if "lmm" in vars(reader) else None
-                files[f"samples_{key}.jsonl"] = samples_jsonl(of_key, fingerprint)
-            else:
-                stale.append(f"samples_{key}.jsonl")
+                files[f"samples_{key}.jsonl"] = samples_jsonl(of_key, _model_facts(reader))
             for summary in of_key:
                 run = summary.runs[0]
                 if summary.method.name == "sav" and run.outcome.classifier is not None:
@@ -157,16 +154,6 @@ def evaluate(
                     strangest[key], pictures = disagreements(run, features, key)
                     files |= pictures
 
-    model: dict[str, Any] = {}
-    if "lmm" in vars(reader):
-        lmm = reader.lmm
-        model = {
-            "name": lmm.name,
-            "fingerprint": lmm.fingerprint,
-            "dtype": str(lmm.dtype),
-            "chat_template": lmm.processor.chat_template,
-            "image_processor": image_settings(lmm.processor.image_processor),  # pixel limits among others
-        }
     timing = {
         "start_time": began.isoformat(timespec="seconds"),
         "end_time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -193,10 +180,12 @@ def evaluate(
     if reader.demonstration_passes:
         passes["demonstrations"] = reader.demonstration_passes
     extra = {"passes": passes, "disagreements": strangest}
-    files["results.json"] = results_json(summaries, config, model, timing, extra, groups or {})
+    files["results.json"] = results_json(summaries, config, _model_facts(reader), timing, extra, groups or {})
+    former = [*output.glob("samples_*.jsonl"), *output.glob("heads_*.png")] if output.is_dir() else []
     write_folder(output, files)
-    for name in stale:  # of an earlier run of the same name, which these results are not those of
-        (output / name).unlink(missing_ok=True)
+    for file in former:  # of an earlier run, whose results.json is no more
+        if file.name not in files:
+            file.unlink(missing_ok=True)
     print(table(summaries))
     for summary in summaries:
         if summary.method.name == "sav":
@@ -214,6 +203,20 @@ def evaluate(
     return summaries
 
 
+def _model_facts(reader: Reader) -> dict[str, Any]:
+    """Of the model, for the files; empty if none was needed."""
+    if "lmm" not in vars(reader):
+        return {}
+    lmm = reader.lmm
+    return {
+        "name": lmm.name,
+        "fingerprint": lmm.fingerprint,
+        "dtype": str(lmm.dtype),
+        "chat_template": lmm.processor.chat_template,
+        "image_processor": image_settings(lmm.processor.image_processor),  # pixel limits among others
+    }
+
+
 def _check(plan: Plan, methods: Sequence[Method], tasks: Sequence[Task]) -> None:
     for what, values in (("--shots", plan.shots), ("--seeds", plan.seeds)):
         if not values:
@@ -224,6 +227,9 @@ def _check(plan: Plan, methods: Sequence[Method], tasks: Sequence[Task]) -> None
         raise UserError(f"--max-new-tokens must be at least 1, not {plan.max_new_tokens}")
     if plan.aim is None and any(method.name in ("aim", "aim-likelihood") for method in methods):
         raise UserError(NO_PROJECTION)
+    for family in FAMILIES:
+        if getattr(plan, family) is None and any(method.name.startswith(f"{family}-") for method in methods):
+            raise UserError(no_checkpoint(family))
     if plan.mtv.prompts < 1:
         raise UserError(f"--mtv-prompts must be at least 1, not {plan.mtv.prompts}")
     if plan.lora_rank < 1 or not plan.lora_rates or not plan.lora_steps or min(plan.lora_steps) < 1:

@@ -82,7 +82,7 @@ def cluster_interval(
     noise, and for one seed and clusters of one unit exactly the sample standard deviation / sqrt(U) that lmms-eval
     reports. The interval is the percentile bootstrap's over clusters, which stays within a bounded metric's bounds.
 
-    Where all C clusters agree (every answer right, or each balanced pair half right) no resample differs, and the
+    Where all C clusters agree (every answer right, or each balanced pair half right) hardly a resample differs, and the
     bootstrap's interval would have no width. That of a 0/1 metric is then the exact one of Clopper and Pearson for the
     share q of clusters that differ from those seen, of which there were none: from (1 - q) mean to (1 - q) mean + q,
     which for a mean of 0 or 1 is the exact binomial interval. Other metrics, whose bounds are not known, have none. The
@@ -105,10 +105,9 @@ def cluster_interval(
         return Interval(float(mean), _NAN, _NAN, _NAN)
     stderr = _analytic(sums, counts)
     draws = np.concatenate([_ratio(*drawn) for drawn in _resampled(sums, counts, resamples, seed)])
-    if _same(draws):
+    ends = _percentiles(draws, level)
+    if _same(ends):
         ends = _all_alike(float(mean), 0.0, total, level) if _binary(values) else (_NAN, _NAN)
-    else:
-        ends = _percentiles(draws, level)
     return Interval(float(mean), stderr, *ends)
 
 
@@ -159,9 +158,9 @@ def resampled_interval(
     rng = np.random.default_rng(seed)
     draws = np.array([averaged(np.bincount(rng.integers(0, total, total), minlength=total)) for _ in range(resamples)])
     draws = draws[~np.isnan(draws)]
-    if 2 * len(draws) < resamples or _same(draws):
+    if 2 * len(draws) < resamples or _same(ends := _percentiles(draws, level)):
         return Interval(mean, _NAN, _NAN, _NAN)
-    return Interval(mean, float(draws.std(ddof=1)), *_percentiles(draws, level))
+    return Interval(mean, float(draws.std(ddof=1)), *ends)
 
 
 def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> McNemar:
@@ -207,10 +206,9 @@ def paired_bootstrap(
     if len(sums) < 2:
         return Difference(Interval(mean, _NAN, _NAN, _NAN), 1.0)
     draws = np.concatenate([_ratio(*drawn) for drawn in _resampled(sums, counts, resamples, seed)])
-    if _same(draws):
+    ends = _percentiles(draws, level)
+    if _same(ends):
         ends = _all_alike(mean, -1.0, len(sums), level) if _binary([*a, *b]) else (_NAN, _NAN)
-    else:
-        ends = _percentiles(draws, level)
     return Difference(Interval(mean, _analytic(sums, counts), *ends), _other_side(draws))
 
 
@@ -253,10 +251,10 @@ def paired_resampling(
     draws = draws[~np.isnan(draws)]
     if 2 * len(draws) < resamples:
         return unknown
-    p = _other_side(draws)
-    if _same(draws):
+    p, ends = _other_side(draws), _percentiles(draws, level)
+    if _same(ends):
         return Difference(unknown.interval, p)
-    return Difference(Interval(mean, float(draws.std(ddof=1)), *_percentiles(draws, level)), p)
+    return Difference(Interval(mean, float(draws.std(ddof=1)), *ends), p)
 
 
 def sign_flip_test(
@@ -383,9 +381,11 @@ def _other_side(draws: np.ndarray) -> float:
     return min(1.0, 2 * (1 + fewer) / (1 + len(draws)))
 
 
-def _same(draws: np.ndarray) -> bool:
-    """Whether all resamples agree, but for the last bits of their sums."""
-    return bool(np.ptp(draws) <= 1e-12)
+def _same(ends: tuple[float, float]) -> bool:
+    """Whether an interval has no width, but for the last bits of its sums: (almost) all resamples agree, all but those
+    few, for example, that miss a whole seed.
+    """
+    return ends[1] - ends[0] <= 1e-12
 
 
 def _binary(values: Sequence[np.ndarray]) -> bool:

@@ -113,11 +113,15 @@ def test_eval_command(reference: Reference, capsys: pytest.CaptureFixture[str]) 
     assert pictures == {name for name in names if name.startswith("images/")}
     samples = [json.loads(line) for line in Path("results/samples_digits.jsonl").read_text().splitlines()]
     assert len(samples) == 4 * 30
+    assert all(row["pixel_limits"]["size"] == arguments["image_processor"]["size"] for row in samples)
+    assert all(row["model_fingerprint"] == arguments["fingerprint"] and row["versions"]["jax"] for row in samples)
     for method in methods[1:]:
         right = [row["acc"] for row in samples if row["filter"] == method]
         assert content["results"]["digits"][f"acc,{method}"] == pytest.approx(sum(right) / 30)
     Path("results/earlier.txt").write_text("stays")
+    Path("results/samples_digits_3shot.jsonl").write_text("{}\n")  # as of a run with several numbers of shots
     assert main([*command, "--methods", "sav,pixels", "--no-log-samples"]) == 0
+    assert not list(Path("results").glob("samples_*")), "what stood there belongs to no results any more"
     assert "acc,sav-random" not in json.loads(Path("results/results.json").read_text())["results"]["digits"]
     assert Path("results/earlier.txt").exists()
 
@@ -159,7 +163,8 @@ def test_a_task_of_two_files(reference: Reference, capsys: pytest.CaptureFixture
         (["--mtv-steps", "-1"], "--mtv-steps must be at least 0"),
         (["--test", "b.jsonl"], "needs --train"),
         (["--train", "a.jsonl", "--test", "b.jsonl"], "a.jsonl: no such file or folder"),
-        (["--model", "./nowhere", "--methods", "sav"], "no such model"),
+        (["--model", "./nowhere", "--methods", "chance"], "no such model"),
+        (["--methods", "chance,siglip-few-shot"], "need a checkpoint: --siglip PATH"),
     ],
 )
 def test_eval_refuses(

@@ -153,6 +153,11 @@ def test_samples() -> None:
     texts = tuple(f"said {i}" for i in range(12))
     said = [json.loads(line) for line in samples_jsonl([summary_of("zero-shot", texts=texts)]).splitlines()]
     assert [row["resps"] for row in said] == [[[text]] for text in texts]
+    assert "demonstrations" not in said[0]
+    (run,) = summary_of("icl", texts=texts).runs
+    shown = dataclasses.replace(run, outcome=dataclasses.replace(run.outcome, facts={"demonstrations": ["a-3", "b-0"]}))
+    rows = [json.loads(line) for line in samples_jsonl([summarise("grey", [shown])]).splitlines()]
+    assert all(row["demonstrations"] == ["a-3", "b-0"] for row in rows)
 
 
 def test_results_json_has_lmms_evals_keys() -> None:

@@ -140,6 +140,14 @@ def test_clusters_that_agree_are_no_certainty() -> None:
     assert interval.high == pytest.approx(0.5 + 0.5 * others, rel=1e-9)  # all of them right
     # Were one pair in ten otherwise, 20 pairs that agree would be seen with probability 0.9^20 = 12 %: it is inside.
     assert interval.low < 0.45 < 0.55 < interval.high
+    # Nor are resamples that miss a whole seed (of 5 pictures some do) a reason to be certain: every picture has four
+    # right of six under one seed, five under the other.
+    asked = [names(8)[:3], [names(8)[i] for i in (2, 6, 7)]]
+    values = [np.tile([1.0] * right + [0.0] * (6 - right), 3) for right in (4, 5)]
+    few = cluster_interval(values, [np.repeat(of_seed, 6).tolist() for of_seed in asked])
+    assert few.mean == pytest.approx(0.75)
+    others = scipy.stats.binomtest(0, 5).proportion_ci(0.95, "exact").high  # five pictures in all
+    assert few.ci == pytest.approx((0.75 * (1 - others), 0.75 + 0.25 * others), rel=1e-9)
     # What has no known bounds has no interval then.
     assert cluster_interval([np.full(40, 0.7)], [names(40)]).ci is None
     assert resampled_interval(lambda i: 1.0, 40).ci is None

@@ -79,10 +79,15 @@ def _image_vectors(embeddings: Embeddings, items: Sequence[Item], method: str) -
     return means / np.where(norms > 0, norms, 1)
 
 
+def no_checkpoint(family: str) -> str:
+    """What is wrong where a dual encoder is asked for and none is named."""
+    return f"methods {family}-zero-shot and {family}-few-shot need a checkpoint: --{family} PATH"
+
+
 def _embeddings(family: str, features: Features) -> Embeddings:
     path = getattr(features.settings, family)
     if path is None:
-        raise UserError(f"methods {family}-zero-shot and {family}-few-shot need a checkpoint: --{family} PATH")
+        raise UserError(no_checkpoint(family))
     embeddings = features.reader.embeddings(path)
     found = embeddings.encoder.hf_config["model_type"]
     if found != family:
@@ -101,4 +106,7 @@ def _methods(family: str, name: str) -> tuple[Method, ...]:
     )
 
 
-METHODS = (*_methods("clip", "CLIP"), *_methods("siglip", "SigLIP"))
+FAMILIES = {"clip": "CLIP", "siglip": "SigLIP"}
+"""Option and prefix of the methods' names -> name."""
+
+METHODS = tuple(method for family, name in FAMILIES.items() for method in _methods(family, name))
