@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from sav_jax import cli
 from sav_jax._files import check_output_file, check_output_folder, write_file
-from sav_jax._processes import by_the_first
+from sav_jax._processes import by_the_first, start
 from sav_jax._tpu import leave_tpus_alone
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
 from sav_jax.errors import UserError
@@ -22,6 +21,7 @@ from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 from sav_jax.extract import extract_heads
 from sav_jax.headstore import check_head_array_path, default_cache_dir, write_head_array
 from sav_jax.lmm import LMM, load
+from sav_jax.sharding import mesh_of
 
 if TYPE_CHECKING:
     from sav_jax.eval.tasks import Task
@@ -188,6 +188,11 @@ def _eval(options: cli.Eval) -> None:
 
 
 def _train(options: cli.Train) -> None:
+    devices = options.recipe.devices
+    if devices.distributed or devices.coordinator is not None:
+        start(devices.coordinator, devices.num_processes, devices.process_id)
+    elif devices.num_processes is not None or devices.process_id is not None:
+        raise UserError("--num-processes and --process-id need --coordinator HOST:PORT")
     if isinstance(options.recipe, cli.Aim):
         _train_aim(options.recipe)
         return
@@ -200,7 +205,7 @@ def _train(options: cli.Train) -> None:
     recipe = overridden(presets[chosen.preset], vars(chosen))
     by_the_first(lambda: check_output_folder(chosen.output, "run.json"))
     chats = read_chats(chosen.data, chosen.image_folder)
-    base = _load(chosen.model, chosen.dtype)
+    base = _load(chosen.model, chosen.dtype, mesh=chosen.devices.mesh)
     tuned, trainable = tuned_with_updates(base, chats, recipe, chosen.output)
     written = export(base, tuned, recipe, trainable, chosen.output, chosen.model)
     if jax.process_index() == 0:
@@ -222,7 +227,7 @@ def _train_aim(options: cli.Aim) -> None:
         documents = drawn_documents(options.documents, recipe.pairs, options.seed)
     else:
         raise UserError("--data FILE is missing; only the bundled model learns from drawn scenes")
-    train_aim(_load(options.model, options.dtype), documents, recipe, options.output)
+    train_aim(_load(options.model, options.dtype, mesh=options.devices.mesh), documents, recipe, options.output)
     if jax.process_index() == 0:
         print(f"written to {options.output}: projection")
 
@@ -356,10 +361,11 @@ def _report(options: cli.Report) -> None:
 # What the commands share
 
 
-def _load(model: str, dtype: str | None, num_layers: int | None = None) -> LMM:
-    """Load a model onto all devices, batches split among them."""
-    mesh = Mesh(np.array(jax.devices()), ("data",)) if jax.device_count() > 1 else None
-    return load(model, dtype=dtype, mesh=mesh, num_layers=num_layers)
+def _load(model: str, dtype: str | None, num_layers: int | None = None, mesh: str | None = None) -> LMM:
+    """Load a model onto all devices, laid out as ``mesh`` says, or sharing batches."""
+    axes = mesh or f"data={jax.device_count()}"
+    placed = mesh_of(jax.devices(), axes) if mesh or jax.device_count() > 1 else None
+    return load(model, dtype=dtype, mesh=placed, num_layers=num_layers)
 
 
 def _choose(what: str, names: str, available: Mapping[str, T]) -> list[T]:

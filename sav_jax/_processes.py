@@ -13,6 +13,26 @@ from sav_jax.errors import UserError
 _LONGEST = 2000  # bytes of a message
 
 
+def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Join the other processes, before JAX looks for devices; nothing if that is done.
+
+    Args:
+        coordinator, num_processes, process_id: see ``jax.distributed.initialize``; None where the cluster says.
+
+    Raises:
+        UserError: they cannot be found.
+    """
+    if jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:  # nothing was found, or nobody answered
+        raise UserError(
+            f"the other processes cannot be joined ({' '.join(str(error).split())[:300]}); --coordinator, "
+            "--num-processes and --process-id say where they are"
+        ) from None
+
+
 def by_the_first(work: Callable[[], object]) -> None:
     """Have process 0 do something while the others wait for it.
 

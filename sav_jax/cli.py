@@ -245,6 +245,28 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Devices:
+    """On what it runs."""
+
+    mesh: Annotated[str | None, _optional("AXIS=SIZE,...", "all devices share the batch")] = None
+    """How all devices, of all processes, are laid out: 'data' shares the batch, 'model' the weights of every layer,
+    such as data=4,model=4."""
+
+    distributed: tyro.conf.FlagCreatePairsOff[bool] = False
+    """One of several processes that run the same command. On a Cloud TPU pod, under SLURM and under Open MPI they find
+    each other; elsewhere give the three options that follow."""
+
+    coordinator: Annotated[str | None, _optional("HOST:PORT", "found out")] = None
+    """Where process 0 can be reached by all, a free port of it; implies --distributed."""
+
+    num_processes: Annotated[int | None, _optional("N", "found out")] = None
+    """How many processes there are."""
+
+    process_id: Annotated[int | None, _optional("I", "found out")] = None
+    """Which of them this is, from 0."""
+
+
+@dataclass(frozen=True)
 class Training:
     """What both kinds of tuning can be told; whatever is left out is as in the preset."""
 
@@ -318,6 +340,8 @@ class Training:
         Literal["float32", "bfloat16", "float16"] | None, _optional("{float32,bfloat16,float16}", "as described")
     ] = None
     """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given. What trains is float32."""
+
+    devices: Devices = Devices()
 
 
 @dataclass(frozen=True)
@@ -419,6 +443,8 @@ class Aim:
         Literal["float32", "bfloat16", "float16"] | None, _optional("{float32,bfloat16,float16}", "as described")
     ] = None
     """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given. What trains is float32."""
+
+    devices: Devices = Devices()
 
 
 TrainCommand = (

@@ -33,7 +33,7 @@ from sav_jax.models.attention import compiling_for
 from sav_jax.models.batch import Batch
 from sav_jax.models.multimodal import MultimodalModel, init_params
 from sav_jax.models.registry import architecture, read_config
-from sav_jax.sharding import AXES, batch_sharding, parameter_sharding
+from sav_jax.sharding import batch_sharding, parameter_sharding
 
 GIB = 2**30
 MEMORY = {
@@ -140,26 +140,6 @@ def topology_devices(topology: str) -> list[Any]:
     except Exception as error:  # of several types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"no topology {topology!r} (such as v5e:4x4, v5p:2x2x2, v6e:8x8): {reason}") from None
-
-
-def mesh_of(devices: Sequence[Any], axes: str) -> Mesh:
-    """A mesh from ``data=4,model=4`` over all devices.
-
-    Raises:
-        UserError: an unknown axis, or sizes that do not come to the number of devices.
-    """
-    from jax.experimental import mesh_utils
-
-    sizes: dict[str, int] = {}
-    for part in axes.split(","):
-        name, _, size = part.strip().partition("=")
-        if name not in AXES or name in sizes or not size.isdigit() or int(size) < 1:
-            raise UserError(f"--mesh takes sizes of {', '.join(AXES)}, such as data=4,model=4, not {axes!r}")
-        sizes[name] = int(size)
-    if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"--mesh {axes} is of {math.prod(sizes.values())} devices; there are {len(devices)}")
-    shape = tuple(sizes.values())
-    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), tuple(sizes))
 
 
 def abstract_lmm(path: str | Path, mesh: Mesh, dtype: Any = "bfloat16") -> LMM:

@@ -7,13 +7,16 @@ on a pod.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sav_jax.errors import UserError
 
 AXES = ("data", "model")
 
@@ -31,6 +34,26 @@ PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"lm_head/kernel$", (None, "model")),
     (r"", ()),
 )
+
+
+def mesh_of(devices: Sequence[Any], axes: str) -> Mesh:
+    """A mesh from ``data=4,model=4`` over all devices.
+
+    Raises:
+        UserError: an unknown axis, or sizes that do not come to the number of devices.
+    """
+    from jax.experimental import mesh_utils
+
+    sizes: dict[str, int] = {}
+    for part in axes.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or name in sizes or not size.isdigit() or int(size) < 1:
+            raise UserError(f"--mesh takes sizes of {', '.join(AXES)}, such as data=4,model=4, not {axes!r}")
+        sizes[name] = int(size)
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"--mesh {axes} is of {math.prod(sizes.values())} devices; there are {len(devices)}")
+    shape = tuple(sizes.values())
+    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), tuple(sizes))
 
 
 def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:

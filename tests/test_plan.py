@@ -18,6 +18,7 @@ import sav_jax
 from sav_jax import plan
 from sav_jax.cli import main
 from sav_jax.plan import GIB, Collective, Report, collectives, product_flops
+from sav_jax.sharding import mesh_of
 from sav_jax.train.plan import plan_training
 from sav_jax.train.recipes import LORA_PRESETS
 
@@ -118,7 +119,7 @@ def test_a_step_of_training_for_a_pod(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_what_does_not_fit_is_said() -> None:
-    mesh = plan.mesh_of(plan.topology_devices("v5e:2x2"), "data=4")
+    mesh = mesh_of(plan.topology_devices("v5e:2x2"), "data=4")
     whole = NamedSharding(mesh, PartitionSpec())
     shape = jax.ShapeDtypeStruct((1 << 16, 1 << 16), jnp.float32, sharding=whole)  # 16 GiB
     report = plan.plan("a sum", "v5e:2x2", mesh, jax.jit(lambda x: x.T + x), (shape,), lambda path: True)

@@ -10,8 +10,8 @@ import numpy as np
 
 from sav_jax.batching import round_tokens
 from sav_jax.errors import UserError
-from sav_jax.plan import Report, abstract_batch, abstract_lmm, mesh_of, on_every_chip, plan, topology_devices
-from sav_jax.sharding import batch_sharding, data_size
+from sav_jax.plan import Report, abstract_batch, abstract_lmm, on_every_chip, plan, topology_devices
+from sav_jax.sharding import batch_sharding, data_size, mesh_of
 from sav_jax.train import loop, supervised
 from sav_jax.train.data import LessonBatch
 from sav_jax.train.optimizer import Pace

@@ -23,16 +23,20 @@ from sav_jax.cli import main
 DIES_AT = 4  # behind the checkpoint of the same number of steps
 
 PROGRAM = f"""
-import sys, jax
-address, index, dying_run, whole_run, *given = sys.argv[1:]
-jax.distributed.initialize(address, 2, int(index))
-assert (jax.device_count(), jax.local_device_count()) == (8, 4)
+import sys
 from sav_jax.cli import main
+
+address, index, dying_run, whole_run, *given = sys.argv[1:]
+given += ["--mesh", "data=4,model=2"]
+joined = ["--coordinator", address, "--num-processes", "2", "--process-id", index]
+assert main(["train", "lora", *given, *joined, "--output", whole_run]) == 0
+
+import jax
+assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
 from sav_jax.train.data import ChatData
 from sav_jax.errors import UserError
 from sav_jax._processes import by_the_first
 
-assert main(["train", "lora", *given, "--output", whole_run]) == 0
 get = ChatData.__getitem__
 
 def dying(self, step):
