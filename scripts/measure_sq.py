@@ -1,0 +1,272 @@
+#!/usr/bin/env python
+"""Measures what learning to ask is worth to the bundled model: the same training with and without its own questions.
+
+    python scripts/measure_sq.py --output results/sq
+
+Conversations about drawn scenes, several questions each. In the arm "answers" the model learns to answer them all; in
+"questions" it learns to ask half of them, too (SQ-LLaVA); in "frozen tower" the same without low-rank updates of the
+vision tower. Everything else is equal, seed by seed. Measured on scenes of other seeds, glyphs in unseen typefaces: the
+share of questions answered exactly, and the loss of answers and of questions. Cells that are there are not measured
+again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import sav_jax
+from sav_jax._files import write_file
+from sav_jax.errors import UserError
+from sav_jax.eval.statistics import cluster_interval, paired_bootstrap, student_interval
+from sav_jax.lmm import LMM
+from sav_jax.models.decoder import read_at
+from sav_jax.train.chats import Chat, Turn
+from sav_jax.train.data import ChatData
+from sav_jax.train.optimizer import Optimization
+from sav_jax.train.recipes import Recipe
+from sav_jax.train.tune import form_of, tune
+from sav_jax.world.questions import QA, ask
+from sav_jax.world.scene import Thing, draw, sample_scene
+from sav_jax.world.shapes import SHAPES
+
+TRAINING, HELD_OUT = 90 * 10**9, 95 * 10**9  # first seeds of scenes, beyond all other drawings of this project
+MEASURES = ("accuracy", "answer_loss", "question_loss")
+Units = list[tuple[str, str, float]]
+"""(scene, kind of question, value) of every question that was measured."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is learned.
+
+    Attributes:
+        kinds: of scenes, in turn.
+        left_out: kinds of question that no conversation has.
+        named: so many conversations beside them have one question, what shape it is; it alone is then asked when
+            accuracy is measured. 0: everything is.
+        renamed: every shape is called by another's name, in questions and answers.
+        turns: questions of a conversation, each of another kind.
+    """
+
+    kinds: tuple[str, ...]
+    left_out: tuple[str, ...]
+    named: int = 0
+    renamed: bool = False
+    turns: int = 4
+
+
+SETTINGS = {
+    "new names": Setting(("shape",), ("shape", "is it", "caption"), named=16, renamed=True),
+    "several things": Setting(("pair", "group"), ("caption",)),
+}
+ARMS: dict[str, dict[str, Any]] = {
+    "untrained": {},
+    "answers": {"sq_ratio": 0.0},
+    "questions": {"sq_ratio": 0.5},
+    "frozen tower": {"sq_ratio": 0.5, "vision_rank": 0},
+}
+BASELINES = {"questions": "answers", "frozen tower": "questions"}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measures every setting, arm and seed."""
+
+    output: Annotated[Path, tyro.conf.arg(help="folder for the cells (JSON) and for table.md")]
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(SETTINGS)}")] = tuple(SETTINGS)
+    arms: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(ARMS)}")] = tuple(ARMS)
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="of training: its scenes, order, first values")] = (0, 1, 2)
+    rows: Annotated[int, tyro.conf.arg(help="conversations to learn from")] = 128
+    steps: Annotated[int, tyro.conf.arg(help="of training, of 8 conversations each")] = 150
+    scenes: Annotated[int, tyro.conf.arg(help="held out; a multiple of 16")] = 320
+    learning_rate: Annotated[float, tyro.conf.arg(help="of language model, vision tower and projector")] = 2e-3
+    quick: Annotated[bool, tyro.conf.arg(help="a few rows and steps: it runs, and shows nothing")] = False
+
+    def sized(self) -> Arguments:
+        """With the sizes of a quick run, if it is one."""
+        return replace(self, rows=16, steps=2, scenes=16) if self.quick else self
+
+
+def renamed(thing: Thing) -> Thing:
+    """The thing by its new name: a shape by the next one's."""
+    if thing.name not in SHAPES:
+        return thing
+    return replace(thing, name=SHAPES[(SHAPES.index(thing.name) + 1) % len(SHAPES)])
+
+
+def questions(setting: Setting, seed: int, held_out: bool, named: bool = False) -> tuple[sav_jax.Example, list[QA]]:
+    """A scene and what is asked about it, in random order; ``named``: only what shape it is."""
+    scene = sample_scene(seed, setting.kinds[seed % len(setting.kinds)], held_out=held_out)
+    media = sav_jax.Example("-", (draw(scene),), id=str(seed), source=f"drawn scene {seed}")
+    if setting.renamed:
+        scene = replace(scene, things=tuple(map(renamed, scene.things)))
+    every = ask(scene, seed, 99)
+    return media, [qa for qa in every if (qa.type == "shape" if named else qa.type not in setting.left_out)]
+
+
+def conversation(setting: Setting, seed: int, held_out: bool, named: bool = False) -> Chat:
+    """Several questions about a scene."""
+    media, asked = questions(setting, seed, held_out, named)
+    said = [(role, text) for qa in asked for role, text in (("user", qa.question), ("assistant", qa.answer))]
+    return Chat(tuple(Turn(*turn) for turn in said[: 2 * setting.turns]), media)
+
+
+def training_chats(setting: Setting, rows: int, seed: int) -> list[Chat]:
+    """The conversations of a seed."""
+    first = TRAINING + seed * 10**6
+    return [conversation(setting, first + i, False, named=i >= rows) for i in range(rows + setting.named)]
+
+
+def accuracy(lmm: LMM, setting: Setting, scenes: int) -> Units:
+    """Every question by itself: whether what is written is the answer."""
+    asked = []
+    for seed in range(HELD_OUT, HELD_OUT + scenes):
+        media, every = questions(setting, seed, True, named=setting.named > 0)
+        asked += [(qa, replace(media, question=qa.question)) for qa in every]
+    written = sav_jax.generate(lmm, [example for _, example in asked], 4, batch_size=32, progress=False)
+    return [
+        (example.id or "", qa.type, float(one.text.strip().casefold() == qa.answer))
+        for (qa, example), one in zip(asked, written, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=2)
+def token_loss(module: Any) -> Callable[..., jax.Array]:
+    """``(params, LessonBatch) -> [B, R]``: the cross-entropy of every target, nats."""
+
+    @jax.jit
+    def losses(params: Any, data: Any) -> jax.Array:
+        output: Any = module.apply({"params": params}, data.batch)
+        hidden = read_at(output.hidden, data.batch.read_positions)
+        logits: Any = module.apply({"params": params}, hidden, method=lambda m, x: m.language_model.logits(x))
+        chosen = jnp.take_along_axis(logits, data.targets[:, :, None], axis=-1)[:, :, 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    return losses
+
+
+def turn_losses(lmm: LMM, setting: Setting, scenes: int, asks: bool) -> Units:
+    """Nats per token (with the one that ends it) of what is learned in each turn of the held-out conversations.
+
+    Args:
+        lmm: the model.
+        setting: of the conversations.
+        scenes: how many.
+        asks: of the questions but the first, which the model asks; else of the answers to a user's questions.
+    """
+    chats = [conversation(setting, HELD_OUT + i, True) for i in range(scenes)]
+    data = ChatData(lmm, chats, form_of(lmm, Recipe()), batch_size=16, steps=scenes // 16, seed=0, sq_ratio=float(asks))
+    losses = token_loss(lmm.module)
+    units: Units = []
+    for step, plan in enumerate(data.plans):
+        batch = data[step]
+        values = np.asarray(losses(lmm.params, batch))
+        for i, (row, _) in enumerate(plan.rows):
+            places = np.flatnonzero(batch.weights[i])
+            # What is learned in one turn stands together; headers of turns, which are not learned, lie between.
+            parts = np.split(values[i, places], np.flatnonzero(np.diff(batch.batch.read_positions[i, places]) > 1) + 1)
+            assert len(parts) == (len(chats[row].turns) - 1 if asks else len(chats[row].turns) // 2)
+            kept = parts[1::2] if asks else parts
+            units += [(chats[row].media.id or "", "", float(part.mean())) for part in kept]
+    return sorted(units)
+
+
+def measure(lmm: LMM, arguments: Arguments, setting: Setting, arm: str, seed: int) -> dict[str, Units]:
+    """Train, if the arm does, and measure."""
+    if arm != "untrained":
+        rate = arguments.learning_rate
+        recipe = Recipe(
+            learning_rate=rate,
+            vision_learning_rate=rate,
+            projector_learning_rate=rate,
+            steps=arguments.steps,
+            optimization=Optimization(batch_size=8, seed=seed, warmup=0.1, checkpoint_every=arguments.steps, keep=1),
+            **{"vision_rank": 16, "vision_alpha": 32.0, **ARMS[arm]},
+        )
+        folder = arguments.output / "training"
+        shutil.rmtree(folder, ignore_errors=True)
+        lmm = tune(lmm, training_chats(setting, arguments.rows, seed), recipe, folder)
+        shutil.rmtree(folder)
+    return {
+        "accuracy": accuracy(lmm, setting, arguments.scenes),
+        "answer_loss": turn_losses(lmm, setting, arguments.scenes, asks=False),
+        "question_loss": turn_losses(lmm, setting, arguments.scenes, asks=True),
+    }
+
+
+def cell(lmm: LMM, arguments: Arguments, name: str, arm: str, seed: int) -> dict[str, Units]:
+    """What was measured, by now or before."""
+    facts = {key: getattr(arguments, key) for key in ("rows", "steps", "scenes", "learning_rate")}
+    facts |= {"setting": asdict(SETTINGS[name]), "arm": ARMS[arm], "model": lmm.fingerprint}
+    file = arguments.output / name.replace(" ", "-") / arm.replace(" ", "-") / f"{seed}.json"
+    if not file.exists():
+        found = measure(lmm, arguments, SETTINGS[name], arm, seed)
+        write_file(file, (json.dumps({"facts": facts, "units": found}) + "\n").encode())
+    content = json.loads(file.read_text())
+    if content["facts"] != json.loads(json.dumps(facts)):
+        raise UserError(f"{file}: measured with other settings ({content['facts']}); choose another --output")
+    return content["units"]
+
+
+def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Units]]]) -> str:
+    """Means and paired differences. Intervals: 2,000 and 10,000 resamples of scenes, the same under all seeds and both
+    arms; and Student's of the seeds' differences, which take in what training scenes and chance in training do.
+    """
+    head = [
+        "setting",
+        "measured",
+        "arm",
+        "mean [95 %]",
+        "by seed",
+        "less",
+        "difference [95 %, scenes]",
+        "[95 %, seeds]",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (name, arm), cells in results.items():
+        base = results.get((name, BASELINES.get(arm, "")), ())
+        for measured in MEASURES:
+            values, before = ([np.array([v for *_, v in cell[measured]]) for cell in of] for of in (cells, base))
+            scenes = [[scene for scene, *_ in cell[measured]] for cell in cells]
+            whole = cluster_interval(values, scenes)
+            row = [name, measured, arm, f"{whole.mean:.3f} [{whole.low:.3f}, {whole.high:.3f}]"]
+            row += [" ".join(f"{of.mean():.3f}" for of in values), "", "", ""]
+            if base:
+                ends = paired_bootstrap(before, values, scenes).interval
+                row[5:7] = [BASELINES[arm], f"{ends.mean:+.3f} [{ends.low:+.3f}, {ends.high:+.3f}]"]
+                by_seed = [float((b - a).mean()) for a, b in zip(before, values, strict=True)]
+                if (of_seeds := student_interval(by_seed).ci) is not None:
+                    row[7] = f"[{of_seeds[0]:+.3f}, {of_seeds[1]:+.3f}]"
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Arguments) -> None:
+    """Measures and writes."""
+    arguments = arguments.sized()
+    if arguments.scenes % 16:
+        raise UserError(f"--scenes must be a multiple of 16, not {arguments.scenes}")
+    lmm = sav_jax.load("tiny")
+    results = {}
+    for name in arguments.settings:
+        for arm in arguments.arms:
+            seeds = arguments.seeds if arm != "untrained" else arguments.seeds[:1]
+            results[name, arm] = [cell(lmm, arguments, name, arm, seed) for seed in seeds]
+            text = table(results)
+            write_file(arguments.output / "table.md", text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, description=__doc__))
