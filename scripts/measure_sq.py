@@ -57,6 +57,7 @@ class Setting:
             accuracy is measured. 0: everything is.
         renamed: every shape is called by another's name, in questions and answers.
         turns: questions of a conversation, each of another kind.
+        fixed: there are two, the size of the shape and then the colour "of the star", always in these words.
     """
 
     kinds: tuple[str, ...]
@@ -64,9 +65,11 @@ class Setting:
     named: int = 0
     renamed: bool = False
     turns: int = 4
+    fixed: bool = False
 
 
 SETTINGS = {
+    "names in one question": Setting(("shape",), ("shape",), named=16, renamed=True, turns=2, fixed=True),
     "new names": Setting(("shape",), ("shape", "is it", "caption"), named=16, renamed=True),
     "several things": Setting(("pair", "group"), ("caption",)),
 }
@@ -87,10 +90,12 @@ class Arguments:
     settings: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(SETTINGS)}")] = tuple(SETTINGS)
     arms: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(ARMS)}")] = tuple(ARMS)
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="of training: its scenes, order, first values")] = (0, 1, 2)
-    rows: Annotated[int, tyro.conf.arg(help="conversations to learn from")] = 128
-    steps: Annotated[int, tyro.conf.arg(help="of training, of 8 conversations each")] = 150
+    rows: Annotated[int, tyro.conf.arg(help="conversations to learn from")] = 640
+    steps: Annotated[int, tyro.conf.arg(help="of training, of 8 conversations each")] = 100
     scenes: Annotated[int, tyro.conf.arg(help="held out; a multiple of 16")] = 320
-    learning_rate: Annotated[float, tyro.conf.arg(help="of language model, vision tower and projector")] = 2e-3
+    learning_rate: Annotated[
+        float, tyro.conf.arg(help="of the language model; ten times that of tower and projector")
+    ] = 2e-3
     quick: Annotated[bool, tyro.conf.arg(help="a few rows and steps: it runs, and shows nothing")] = False
 
     def sized(self) -> Arguments:
@@ -111,7 +116,12 @@ def questions(setting: Setting, seed: int, held_out: bool, named: bool = False) 
     media = sav_jax.Example("-", (draw(scene),), id=str(seed), source=f"drawn scene {seed}")
     if setting.renamed:
         scene = replace(scene, things=tuple(map(renamed, scene.things)))
-    every = ask(scene, seed, 99)
+    if setting.fixed:
+        of = scene.thing
+        every = [QA(f"what color is the {of.name}?", of.color, "color"), QA("what shape is this?", of.name, "shape")]
+        every.insert(0, QA("is the shape small or large?", of.size, "size"))
+    else:
+        every = ask(scene, seed, 99)
     return media, [qa for qa in every if (qa.type == "shape" if named else qa.type not in setting.left_out)]
 
 
@@ -123,9 +133,11 @@ def conversation(setting: Setting, seed: int, held_out: bool, named: bool = Fals
 
 
 def training_chats(setting: Setting, rows: int, seed: int) -> list[Chat]:
-    """The conversations of a seed."""
+    """The conversations of a seed; those that name the shape are repeated until they make up a fifth."""
     first = TRAINING + seed * 10**6
-    return [conversation(setting, first + i, False, named=i >= rows) for i in range(rows + setting.named)]
+    chats = [conversation(setting, first + i, False) for i in range(rows)]
+    named = [conversation(setting, first + rows + i, False, named=True) for i in range(setting.named)]
+    return chats + named * max(rows // (4 * max(len(named), 1)), 1)
 
 
 def accuracy(lmm: LMM, setting: Setting, scenes: int) -> Units:
@@ -188,8 +200,8 @@ def measure(lmm: LMM, arguments: Arguments, setting: Setting, arm: str, seed: in
         rate = arguments.learning_rate
         recipe = Recipe(
             learning_rate=rate,
-            vision_learning_rate=rate,
-            projector_learning_rate=rate,
+            vision_learning_rate=rate / 10,
+            projector_learning_rate=rate / 10,
             steps=arguments.steps,
             optimization=Optimization(batch_size=8, seed=seed, warmup=0.1, checkpoint_every=arguments.steps, keep=1),
             **{"vision_rank": 16, "vision_alpha": 32.0, **ARMS[arm]},
