@@ -37,7 +37,7 @@ from sav_jax.train.optimizer import Optimization
 from sav_jax.train.recipes import Recipe
 from sav_jax.train.tune import form_of, tune
 from sav_jax.world.questions import QA, ask
-from sav_jax.world.scene import Thing, draw, sample_scene
+from sav_jax.world.scene import draw, sample_scene
 from sav_jax.world.shapes import SHAPES
 
 TRAINING, HELD_OUT = 90 * 10**9, 95 * 10**9  # first seeds of scenes, beyond all other drawings of this project
@@ -52,27 +52,16 @@ class Setting:
 
     Attributes:
         kinds: of scenes, in turn.
-        left_out: kinds of question that no conversation has.
-        named: so many conversations beside them have one question, what shape it is; it alone is then asked when
-            accuracy is measured. 0: everything is.
-        renamed: every shape is called by another's name, in questions and answers.
-        turns: questions of a conversation, each of another kind.
-        fixed: there are two, the size of the shape and then the colour "of the star", always in these words.
+        names: every shape is called by another's name, and conversations are two questions in fixed words, its size and
+            the colour "of the star". A fifth, copies of 16, have one question, what shape it is; it alone is asked when
+            accuracy is measured. Else: four of the world's questions, all but captions.
     """
 
     kinds: tuple[str, ...]
-    left_out: tuple[str, ...]
-    named: int = 0
-    renamed: bool = False
-    turns: int = 4
-    fixed: bool = False
+    names: bool = False
 
 
-SETTINGS = {
-    "names in one question": Setting(("shape",), ("shape",), named=16, renamed=True, turns=2, fixed=True),
-    "new names": Setting(("shape",), ("shape", "is it", "caption"), named=16, renamed=True),
-    "several things": Setting(("pair", "group"), ("caption",)),
-}
+SETTINGS = {"new names": Setting(("shape",), names=True), "several things": Setting(("pair", "group"))}
 ARMS: dict[str, dict[str, Any]] = {
     "untrained": {},
     "answers": {"sq_ratio": 0.0},
@@ -90,61 +79,48 @@ class Arguments:
     settings: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(SETTINGS)}")] = tuple(SETTINGS)
     arms: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(ARMS)}")] = tuple(ARMS)
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="of training: its scenes, order, first values")] = (0, 1, 2)
-    rows: Annotated[int, tyro.conf.arg(help="conversations to learn from")] = 640
-    steps: Annotated[int, tyro.conf.arg(help="of training, of 8 conversations each")] = 100
+    rows: Annotated[int, tyro.conf.arg(help="conversations to learn from")] = 1024
+    steps: Annotated[int, tyro.conf.arg(help="of training, of 8 conversations each")] = 160
     scenes: Annotated[int, tyro.conf.arg(help="held out; a multiple of 16")] = 320
-    learning_rate: Annotated[
-        float, tyro.conf.arg(help="of the language model; ten times that of tower and projector")
-    ] = 2e-3
+    learning_rate: Annotated[float, tyro.conf.arg(help="of the language model; the rest has a tenth of it")] = 4e-3
     quick: Annotated[bool, tyro.conf.arg(help="a few rows and steps: it runs, and shows nothing")] = False
-
-    def sized(self) -> Arguments:
-        """With the sizes of a quick run, if it is one."""
-        return replace(self, rows=16, steps=2, scenes=16) if self.quick else self
-
-
-def renamed(thing: Thing) -> Thing:
-    """The thing by its new name: a shape by the next one's."""
-    if thing.name not in SHAPES:
-        return thing
-    return replace(thing, name=SHAPES[(SHAPES.index(thing.name) + 1) % len(SHAPES)])
 
 
 def questions(setting: Setting, seed: int, held_out: bool, named: bool = False) -> tuple[sav_jax.Example, list[QA]]:
-    """A scene and what is asked about it, in random order; ``named``: only what shape it is."""
+    """A scene and what is asked about it; ``named``: only what shape it is."""
     scene = sample_scene(seed, setting.kinds[seed % len(setting.kinds)], held_out=held_out)
     media = sav_jax.Example("-", (draw(scene),), id=str(seed), source=f"drawn scene {seed}")
-    if setting.renamed:
-        scene = replace(scene, things=tuple(map(renamed, scene.things)))
-    if setting.fixed:
-        of = scene.thing
-        every = [QA(f"what color is the {of.name}?", of.color, "color"), QA("what shape is this?", of.name, "shape")]
-        every.insert(0, QA("is the shape small or large?", of.size, "size"))
-    else:
-        every = ask(scene, seed, 99)
-    return media, [qa for qa in every if (qa.type == "shape" if named else qa.type not in setting.left_out)]
+    if not setting.names:
+        return media, [qa for qa in ask(scene, seed, 99) if qa.type != "caption"]
+    name = SHAPES[(SHAPES.index(scene.thing.name) + 1) % len(SHAPES)]
+    if named:
+        return media, [QA("what shape is this?", name, "shape")]
+    size = QA("is the shape small or large?", scene.thing.size, "size")
+    return media, [size, QA(f"what color is the {name}?", scene.thing.color, "color")]
 
 
 def conversation(setting: Setting, seed: int, held_out: bool, named: bool = False) -> Chat:
     """Several questions about a scene."""
     media, asked = questions(setting, seed, held_out, named)
-    said = [(role, text) for qa in asked for role, text in (("user", qa.question), ("assistant", qa.answer))]
-    return Chat(tuple(Turn(*turn) for turn in said[: 2 * setting.turns]), media)
+    said = [(role, text) for qa in asked[:4] for role, text in (("user", qa.question), ("assistant", qa.answer))]
+    return Chat(tuple(Turn(*turn) for turn in said), media)
 
 
 def training_chats(setting: Setting, rows: int, seed: int) -> list[Chat]:
-    """The conversations of a seed; those that name the shape are repeated until they make up a fifth."""
+    """The conversations of a seed."""
     first = TRAINING + seed * 10**6
     chats = [conversation(setting, first + i, False) for i in range(rows)]
-    named = [conversation(setting, first + rows + i, False, named=True) for i in range(setting.named)]
-    return chats + named * max(rows // (4 * max(len(named), 1)), 1)
+    if not setting.names:
+        return chats
+    named = [conversation(setting, first + rows + i, False, named=True) for i in range(16)]
+    return chats + named * max(rows // 64, 1)
 
 
 def accuracy(lmm: LMM, setting: Setting, scenes: int) -> Units:
     """Every question by itself: whether what is written is the answer."""
     asked = []
     for seed in range(HELD_OUT, HELD_OUT + scenes):
-        media, every = questions(setting, seed, True, named=setting.named > 0)
+        media, every = questions(setting, seed, True, named=setting.names)
         asked += [(qa, replace(media, question=qa.question)) for qa in every]
     written = sav_jax.generate(lmm, [example for _, example in asked], 4, batch_size=32, progress=False)
     return [
@@ -169,13 +145,8 @@ def token_loss(module: Any) -> Callable[..., jax.Array]:
 
 
 def turn_losses(lmm: LMM, setting: Setting, scenes: int, asks: bool) -> Units:
-    """Nats per token (with the one that ends it) of what is learned in each turn of the held-out conversations.
-
-    Args:
-        lmm: the model.
-        setting: of the conversations.
-        scenes: how many.
-        asks: of the questions but the first, which the model asks; else of the answers to a user's questions.
+    """Nats per token (with the one that ends it) of each turn of held-out conversations: answers to a user's questions,
+    or, ``asks``, the questions but the first, which the model asks.
     """
     chats = [conversation(setting, HELD_OUT + i, True) for i in range(scenes)]
     data = ChatData(lmm, chats, form_of(lmm, Recipe()), batch_size=16, steps=scenes // 16, seed=0, sq_ratio=float(asks))
@@ -266,7 +237,8 @@ def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Units]]]) -> s
 
 def main(arguments: Arguments) -> None:
     """Measures and writes."""
-    arguments = arguments.sized()
+    if arguments.quick:
+        arguments = replace(arguments, rows=16, steps=2, scenes=16)
     if arguments.scenes % 16:
         raise UserError(f"--scenes must be a multiple of 16, not {arguments.scenes}")
     lmm = sav_jax.load("tiny")
