@@ -3,11 +3,10 @@
 
     python scripts/measure_sq.py --output results/sq
 
-Conversations about drawn scenes, several questions each. In the arm "answers" the model learns to answer them all; in
-"questions" it learns to ask half of them, too (SQ-LLaVA); in "frozen tower" the same without low-rank updates of the
-vision tower. Everything else is equal, seed by seed. Measured on scenes of other seeds, glyphs in unseen typefaces: the
-share of questions answered exactly, and the loss of answers and of questions. Cells that are there are not measured
-again.
+Conversations about drawn scenes, several questions each. In the arm "answers" the model learns to answer all, in
+"questions" also to ask half of those after the first (SQ-LLaVA), in "frozen tower" the same with the tower left alone.
+All else is equal, seed by seed. Measured on scenes of other seeds, glyphs in unseen typefaces: the share of exact
+answers, the loss of answers and of questions. Cells that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -203,20 +202,11 @@ def cell(lmm: LMM, arguments: Arguments, name: str, arm: str, seed: int) -> dict
 
 
 def table(results: Mapping[tuple[str, str], Sequence[Mapping[str, Units]]]) -> str:
-    """Means and paired differences. Intervals: 2,000 and 10,000 resamples of scenes, the same under all seeds and both
-    arms; and Student's of the seeds' differences, which take in what training scenes and chance in training do.
-    """
-    head = [
-        "setting",
-        "measured",
-        "arm",
-        "mean [95 %]",
-        "by seed",
-        "less",
-        "difference [95 %, scenes]",
-        "[95 %, seeds]",
+    """Means and paired differences. Intervals: resampled scenes, the same for seeds and arms; Student's by seed."""
+    lines = [
+        "| setting | measured | arm | mean [95 %] | by seed | less | difference [95 %, scenes] | [95 %, seeds] |",
+        "|---" * 8 + "|",
     ]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for (name, arm), cells in results.items():
         base = results.get((name, BASELINES.get(arm, "")), ())
         for measured in MEASURES:
