@@ -78,8 +78,8 @@ class Arguments:
     settings: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(SETTINGS)}")] = tuple(SETTINGS)
     arms: Annotated[tuple[str, ...], tyro.conf.arg(help=f"of {', '.join(ARMS)}")] = tuple(ARMS)
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="of training: its scenes, order, first values")] = (0, 1, 2)
-    rows: Annotated[int, tyro.conf.arg(help="conversations to learn from")] = 1024
-    steps: Annotated[int, tyro.conf.arg(help="of training, of 8 conversations each")] = 160
+    rows: Annotated[int, tyro.conf.arg(help="conversations to learn from")] = 2048
+    steps: Annotated[int, tyro.conf.arg(help="of training, of 8 conversations each")] = 320
     scenes: Annotated[int, tyro.conf.arg(help="held out; a multiple of 16")] = 320
     learning_rate: Annotated[float, tyro.conf.arg(help="of the language model; the rest has a tenth of it")] = 4e-3
     quick: Annotated[bool, tyro.conf.arg(help="a few rows and steps: it runs, and shows nothing")] = False
@@ -161,7 +161,7 @@ def turn_losses(lmm: LMM, setting: Setting, scenes: int, asks: bool) -> Units:
             assert len(parts) == (len(chats[row].turns) - 1 if asks else len(chats[row].turns) // 2)
             kept = parts[1::2] if asks else parts
             units += [(chats[row].media.id or "", "", float(part.mean())) for part in kept]
-    return sorted(units)
+    return sorted(units, key=lambda unit: unit[0])  # turns stay in order
 
 
 def measure(lmm: LMM, arguments: Arguments, setting: Setting, arm: str, seed: int) -> dict[str, Units]:

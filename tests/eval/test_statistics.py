@@ -219,7 +219,7 @@ def test_the_interval_over_seeds_is_students() -> None:
     found = student_interval(values)
     sem = scipy.stats.sem(values)
     np.testing.assert_allclose([found.mean, found.stderr], [np.mean(values), sem])
-    np.testing.assert_allclose(found.ci, scipy.stats.t.interval(0.95, 2, np.mean(values), sem))
+    np.testing.assert_allclose([found.low, found.high], scipy.stats.t.interval(0.95, 2, np.mean(values), sem))
     assert student_interval([0.3]).ci is None
     assert student_interval([0.3, 0.3]).ci is None
     # Three draws of a normal number: an interval that says 95 % holds the mean so often (standard error 0.7 %).
