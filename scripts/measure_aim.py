@@ -25,6 +25,7 @@ from sav_jax._files import write_file
 from sav_jax.eval.methods import METHODS
 from sav_jax.eval.results import Run
 from sav_jax.eval.run import Plan, evaluate
+from sav_jax.eval.statistics import student_interval
 from sav_jax.eval.tasks.base import Data, Item, Task
 from sav_jax.train.documents import drawn_pairs
 
@@ -96,6 +97,12 @@ def interval(parts: Sequence[NDArray[np.float64]]) -> str:
     return f"{100 * np.mean([m.mean() for m in means]):.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def over_seeds(parts: Sequence[NDArray[np.float64]]) -> str:
+    """Student's 95 % interval of the mean over tasks, from its value under each seed."""
+    ends = student_interval([float(np.mean([part[seed].mean() for part in parts])) for seed in range(len(parts[0]))]).ci
+    return "" if ends is None else f"{100 * ends[0]:.1f} to {100 * ends[1]:.1f}"
+
+
 def main(arguments: Arguments) -> None:
     """Measures and writes."""
     tasks = {
@@ -105,10 +112,11 @@ def main(arguments: Arguments) -> None:
     lmm = sav_jax.load("tiny")
     every = [task for members in tasks.values() for task in members]
     lines = [
-        "| scenes | demonstrations | method | accuracy, % | prompt tokens | cache, kB | ms per query |",
-        "|---|---|---|---|---|---|---|",
+        "| scenes | demonstrations | method | accuracy, % | over seeds | prompt tokens | cache, kB | ms per query |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     details = []
+    unshown: dict[str, list[NDArray[np.float64]]] = {}
     for number in (0, *arguments.demonstrations):
         methods = [METHODS["zero-shot"]] if number == 0 else [METHODS["icl"], METHODS["aim"]]
         plan = Plan(
@@ -133,15 +141,19 @@ def main(arguments: Arguments) -> None:
                     # The median: a few runs compile.
                     seconds = np.median([fact["query_seconds"] / fact["query_passes"] for fact in facts])
                     told = [f"{tokens:.0f}", f"{memory / 1000:.0f}", f"{1000 * seconds:.1f}"]
-                cells = [group, str(number), method.name, interval(found[method.name]), *told]
+                of_method = found[method.name]
+                cells = [group, str(number), method.name, interval(of_method), over_seeds(of_method), *told]
                 lines.append(f"| {' | '.join(cells)} |")
                 details += [
                     f"| {runs[0].task.name} | {number} | {method.name} | {100 * right(runs).mean():.1f} |"
                     for runs in of
                 ]
-            if number:
-                pairs = zip(found["aim"], found["icl"], strict=True)
-                lines.append(f"| {group} | {number} | aim - icl | {interval([a - b for a, b in pairs])} | | | |")
+            if not number:
+                unshown[group] = found["zero-shot"]
+                continue
+            for name, base in (("icl", found["icl"]), ("zero-shot", unshown[group])):
+                less = [a - b for a, b in zip(found["aim"], base, strict=True)]
+                lines.append(f"| {group} | {number} | aim - {name} | {interval(less)} | {over_seeds(less)} | | | |")
     heading = ["", "| task | demonstrations | method | accuracy, % |", "|---|---|---|---|"]
     text = "\n".join([*lines, *heading, *details]) + "\n"
     write_file(arguments.output / "table.md", text.encode())

@@ -163,6 +163,33 @@ def resampled_interval(
     return Interval(mean, float(draws.std(ddof=1)), *ends)
 
 
+def student_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Estimate a mean from a few independent repetitions (results, or paired differences, of seeds): Student's t.
+
+    It takes in what differs between repetitions, which resampling queries does not, and is wide where they are few: of
+    three, 2.48 times their standard deviation to each side.
+
+    Args:
+      values: of the repetitions.
+      level: of confidence.
+
+    Returns:
+      Without standard error and interval for fewer than two values; without an interval if all are the same, which says
+      nothing of how they vary.
+    """
+    from scipy.stats import t
+
+    array = np.asarray(values, float)
+    number = len(array)
+    if number < 2:
+        return Interval(float(array.mean()), _NAN, _NAN, _NAN)
+    mean, stderr = float(array.mean()), float(array.std(ddof=1) / np.sqrt(number))
+    if _same(array):
+        return Interval(mean, stderr, _NAN, _NAN)
+    half = float(t.ppf((1 + level) / 2, number - 1)) * stderr
+    return Interval(mean, stderr, mean - half, mean + half)
+
+
 def mcnemar(a_right: np.ndarray, b_right: np.ndarray) -> McNemar:
     """McNemar's exact test: the queries that only one of the two answers rightly, as tosses of a fair coin.
 

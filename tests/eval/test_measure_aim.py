@@ -11,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from scipy.stats import sem, t
 
 import sav_jax
 from sav_jax.aim import Aim, Layout
@@ -51,6 +52,16 @@ def test_intervals_are_over_tasks_and_queries(script: ModuleType) -> None:
     assert 5 < high - low < 9
 
 
+def test_intervals_over_seeds_are_of_the_seeds_means(script: ModuleType) -> None:
+    rng = np.random.default_rng(1)
+    parts = [rng.random((3, 20)), rng.random((3, 30))]
+    means = np.stack([part.mean(axis=1) for part in parts]).mean(axis=0)
+    low, high = (float(x) for x in script.over_seeds(parts).split(" to "))
+    # Rounded to 0.1 of a percentage point.
+    np.testing.assert_allclose([low, high], 100 * np.array(t.interval(0.95, 2, means.mean(), sem(means))), atol=0.051)
+    assert script.over_seeds([part[:1] for part in parts]) == ""
+
+
 def test_the_command(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,8 +73,8 @@ def test_the_command(
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    cost = {row[2]: row[4:] for row in rows if row[:2] == ["digits", "2"]}
-    assert set(cost) == {"icl", "aim", "aim - icl"}
+    cost = {row[2]: row[5:] for row in rows if row[:2] == ["digits", "2"]}
+    assert set(cost) == {"icl", "aim", "aim - icl", "aim - zero-shot"}
     assert float(cost["aim"][0]) < float(cost["icl"][0])
     assert float(cost["aim"][1]) < float(cost["icl"][1])
     assert float(cost["aim"][2]) > 0

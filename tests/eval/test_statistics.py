@@ -19,6 +19,7 @@ from sav_jax.eval.statistics import (
     paired_resampling,
     resampled_interval,
     sign_flip_test,
+    student_interval,
 )
 
 
@@ -219,6 +220,20 @@ def test_resamples_without_a_number_count_for_nothing() -> None:
 
 
 # Paired tests
+
+
+def test_the_interval_over_seeds_is_students() -> None:
+    values = [0.3, 0.5, 0.45]
+    found = student_interval(values)
+    sem = scipy.stats.sem(values)
+    np.testing.assert_allclose([found.mean, found.stderr], [np.mean(values), sem])
+    np.testing.assert_allclose([found.low, found.high], scipy.stats.t.interval(0.95, 2, np.mean(values), sem))
+    assert student_interval([0.3]).ci is None
+    assert student_interval([0.3, 0.3]).ci is None
+    # Three draws of a normal number: an interval that says 95 % holds the mean so often (standard error 0.7 %).
+    draws = np.random.default_rng(0).normal(size=(1000, 3))
+    held = [low < 0 < high for low, high in (student_interval(row).ci or (0.0, 0.0) for row in draws)]
+    assert 0.92 < np.mean(held) < 0.98
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (0, 1), (5, 0), (3, 9), (9, 3), (20, 20), (40, 71)])
