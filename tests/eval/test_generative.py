@@ -321,7 +321,7 @@ def test_the_report_shows_what_was_written(results: Path, tmp_path: Path) -> Non
     for part in ("per class", "classes", "Confusions", "Confidence"):
         assert part not in page, part
     text = (tmp_path / "report.md").read_text()
-    assert "drawn-captions, 4 shots: knowing is best with CIDEr-D " in text
+    assert "drawn-captions, 4 shots: knowing is highest with CIDEr-D " in text
     assert "CIDEr-D is shown times 100" in text
     assert "drawn-vqa, 4 shots: knowing is best with exact match " in text
 
@@ -339,7 +339,7 @@ def test_reports_mix_both_kinds(tmp_path: Path) -> None:
     assert "Answers are written freely." in page
     assert "with 2 labelled examples per class (in all, where answers are free)" in page
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "drawn-vqa, 2 shots: first is best" in text
+    assert "drawn-vqa, 2 shots: first is highest" in text
     assert "drawn-hallucination, 2 shots per class: first is best" in text
 
 
