@@ -184,7 +184,7 @@ def student_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     if number < 2:
         return Interval(float(array.mean()), _NAN, _NAN, _NAN)
     mean, stderr = float(array.mean()), float(array.std(ddof=1) / np.sqrt(number))
-    if _same(array):
+    if np.ptp(array) <= 1e-12:
         return Interval(mean, stderr, _NAN, _NAN)
     half = float(t.ppf((1 + level) / 2, number - 1)) * stderr
     return Interval(mean, stderr, mean - half, mean + half)
