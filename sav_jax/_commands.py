@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import numpy as np
 
+from sav_jax import _training_options as training_options
 from sav_jax import cli
 from sav_jax._files import check_output_file, check_output_folder, write_file
+from sav_jax._options import Running
 from sav_jax._processes import by_the_first, start
 from sav_jax._tpu import leave_tpus_alone
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
@@ -20,7 +22,7 @@ from sav_jax.errors import UserError
 from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 from sav_jax.extract import extract_heads
 from sav_jax.headstore import check_head_array_path, default_cache_dir, write_head_array
-from sav_jax.lmm import LMM, load
+from sav_jax.lmm import LMM, find_model, load, local_model
 from sav_jax.sharding import mesh_of
 
 if TYPE_CHECKING:
@@ -40,9 +42,9 @@ def run(options: Any) -> None:
         cli.Fit: _fit,
         cli.Predict: _predict,
         cli.Extract: _extract,
-        cli.Train: _train,
-        cli.Ask: _ask,
-        cli.Plan: _plan,
+        training_options.Train: _train,
+        training_options.Ask: _ask,
+        training_options.Plan: _plan,
         cli.Eval: _eval,
         cli.Tasks: _tasks,
         cli.Compare: _compare,
@@ -141,7 +143,6 @@ def _eval(options: cli.Eval) -> None:
     from sav_jax.eval.run import Plan, evaluate
     from sav_jax.eval.tasks import GROUPS, TASKS, default_data_dir, find_tasks
     from sav_jax.eval.tasks.files import from_files
-    from sav_jax.lmm import local_model
     from sav_jax.task_vectors import Recipe
 
     if "list" in (options.tasks, options.methods):
@@ -187,13 +188,13 @@ def _eval(options: cli.Eval) -> None:
     )
 
 
-def _train(options: cli.Train) -> None:
+def _train(options: training_options.Train) -> None:
     devices = options.recipe.devices
     if devices.distributed or devices.coordinator is not None:
         start(devices.coordinator, devices.num_processes, devices.process_id)
     elif devices.num_processes is not None or devices.process_id is not None:
         raise UserError("--num-processes and --process-id need --coordinator HOST:PORT")
-    if isinstance(options.recipe, cli.Aim):
+    if isinstance(options.recipe, training_options.Aim):
         _train_aim(options.recipe)
         return
     from sav_jax.train.chats import read_chats
@@ -201,7 +202,7 @@ def _train(options: cli.Train) -> None:
     from sav_jax.train.tune import export, tuned_with_updates
 
     chosen = options.recipe
-    presets = LORA_PRESETS if isinstance(chosen, cli.Lora) else SQ_PRESETS
+    presets = LORA_PRESETS if isinstance(chosen, training_options.Lora) else SQ_PRESETS
     recipe = overridden(presets[chosen.preset], vars(chosen))
     by_the_first(lambda: check_output_folder(chosen.output, "run.json"))
     chats = read_chats(chosen.data, chosen.image_folder)
@@ -212,7 +213,7 @@ def _train(options: cli.Train) -> None:
         print(f"written to {chosen.output}: {', '.join(written)}")
 
 
-def _train_aim(options: cli.Aim) -> None:
+def _train_aim(options: training_options.Aim) -> None:
     from sav_jax.train.aim import AIM_PRESETS, overridden, train_aim
     from sav_jax.train.documents import drawn_documents, read_documents
 
@@ -232,8 +233,7 @@ def _train_aim(options: cli.Aim) -> None:
         print(f"written to {options.output}: projection")
 
 
-def _ask(options: cli.Ask) -> None:
-    from sav_jax.lmm import find_model
+def _ask(options: training_options.Ask) -> None:
     from sav_jax.train.asking import Sampling, ask, conversation_of
     from sav_jax.train.chats import format_called
 
@@ -280,7 +280,7 @@ def _ask(options: cli.Ask) -> None:
         )
 
 
-def _plan(options: cli.Plan) -> None:
+def _plan(options: training_options.Plan) -> None:
     jax.config.update("jax_platforms", "cpu")  # what is compiled runs nowhere; a TPU here, if any, is left alone
     from sav_jax.train.plan import plan_training
     from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
@@ -395,11 +395,11 @@ def _rates(option: str, text: str) -> tuple[float, ...]:
         raise UserError(f"{option} takes numbers separated by commas, not {text!r}") from None
 
 
-def _cache_dir(running: cli.Running) -> str | None:
+def _cache_dir(running: Running) -> str | None:
     return None if running.no_cache else (running.cache or default_cache_dir()).rstrip("/")
 
 
-def _cache(running: cli.Running) -> str | None:
+def _cache(running: Running) -> str | None:
     folder = _cache_dir(running)
     return folder and f"{folder}/heads"
 

@@ -25,10 +25,10 @@ from sav_jax.eval.results import (
     chosen_heads,
     make_run,
     results_json,
-    samples_jsonl,
     summarise,
     table,
 )
+from sav_jax.eval.samples import samples_jsonl
 from sav_jax.eval.sweeps import sweep
 from sav_jax.eval.tasks.base import Digests, Item, Split, Task, split_task
 from sav_jax.lmm import LMM

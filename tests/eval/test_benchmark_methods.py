@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import tracemalloc
@@ -14,24 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from heads_made import ON_HEADS, drawn, features_of
+from scripts_loaded import SCRIPTS, loaded
 
 from sav_jax.eval.methods import METHODS
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "scripts" / "benchmark_methods.py"
+SCRIPT = SCRIPTS / "benchmark_methods.py"
 SIZE = {"examples": 240, "layers": 2, "heads": 3, "width": 8, "classes": 3, "shots": 5, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("benchmark_methods", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("benchmark_methods") as module:
+        yield module
 
 
 @pytest.mark.parametrize(("shots", "names"), [(5, ON_HEADS), (80, ["hec", "knn"])])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,24 +10,17 @@ from types import ModuleType
 import numpy as np
 import pytest
 from scipy.stats import sem, t
+from scripts_loaded import loaded
 
 import sav_jax
 from sav_jax.aim import Aim, Layout
 from sav_jax.models.fusion import FusionConfig, initial_params
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_aim.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("measure_aim", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("measure_aim") as module:
+        yield module
 
 
 def test_tasks_have_enough_of_every_label_and_share_no_picture(script: ModuleType) -> None:

@@ -17,7 +17,8 @@ from sav_jax.eval.disagreements import disagreements
 from sav_jax.eval.methods import METHODS, Outcome
 from sav_jax.eval.metrics import Answers, Metric, Units
 from sav_jax.eval.plots import head_map
-from sav_jax.eval.results import Run, Summary, make_run, results_json, samples_jsonl, summarise, table
+from sav_jax.eval.results import Run, Summary, make_run, results_json, summarise, table
+from sav_jax.eval.samples import samples_jsonl
 from sav_jax.eval.tasks import Task
 
 

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from scripts_loaded import loaded
 
 import sav_jax
 from sav_jax.errors import UserError
 from sav_jax.world.scene import sample_scene
 from sav_jax.world.shapes import SHAPES
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "measure_sq.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("measure_sq", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("measure_sq") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
