@@ -306,7 +306,7 @@ def _numbered(texts: Sequence[str]) -> str:
 def _tasks(options: cli.Tasks) -> None:
     from sav_jax.eval.tasks import GROUPS, TASKS, card, default_data_dir, find_tasks
 
-    if options.names == "all":
+    if options.names in ("all", "list"):
         print(_listed(_task_lines(TASKS) | _groups(GROUPS) | _ANY_TFDS))
         return
     data_dir = options.data_dir or default_data_dir()

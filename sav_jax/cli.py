@@ -186,7 +186,7 @@ class Eval:
 @dataclass(frozen=True)
 class Tasks:
     names: tyro.conf.Positional[str] = "all"
-    """Names separated by commas; 'all' prints one line about each."""
+    """Names separated by commas; 'all' or 'list' prints one line about each."""
 
     data_dir: Annotated[Path | None, optional("DIR", "$SAV_JAX_DATA or ~/.cache/sav_jax/data")] = None
     """Where benchmarks that must be fetched by hand are looked for."""

@@ -213,6 +213,13 @@ def test_what_is_not_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+def test_a_set_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "elsewhere"))
+    (task,) = find_task("tfds:eurosatt")
+    with pytest.raises(UserError, match=r"has no set of that name \(did you mean eurosat\?\)$"):
+        task.load(tmp_path / "eurosatt")
+
+
 def test_what_was_prepared_otherwise(tmp_path: Path) -> None:
     for config in ("rgb", "all"):
         folder = tmp_path / "eurosat" / config / "2.0.0"

@@ -7,6 +7,7 @@ Any set with one picture and one class per example can be asked for by its name 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -87,10 +88,13 @@ def _builder(name: str, data_dir: Path) -> Any:
         if found:
             break
     if not found:
-        raise UserError(
-            f"{_named(name)}: nothing prepared in {' or '.join(str(root / path) for root in roots)}; prepare it "
-            f'once: pip install "sav-jax[prepare]" && {_preparing(name, data_dir)}'
-        )
+        nothing = f"{_named(name)}: nothing prepared in {' or '.join(str(root / path) for root in roots)}"
+        known = tfds.list_builders(with_community_datasets=False)
+        if (plain := path.partition("/")[0]) not in known:
+            near = difflib.get_close_matches(plain, known, n=3)
+            hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+            raise UserError(f"{nothing}, and tensorflow-datasets has no set of that name{hint}")
+        raise UserError(f'{nothing}; prepare it once: pip install "sav-jax[prepare]" && {_preparing(name, data_dir)}')
     if len(found) > 1:
         named = ", ".join(f"{PREFIX}{info.parent.relative_to(root).as_posix()}:{info.name}" for info in found)
         raise UserError(f"{_named(name)}: prepared in several forms; name one: {named}")
