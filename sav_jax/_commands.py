@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import numpy as np
 
+from sav_jax import _planning, cli
 from sav_jax import _training_options as training_options
-from sav_jax import cli
 from sav_jax._files import check_output_file, check_output_folder, write_file
 from sav_jax._options import Running
 from sav_jax._processes import by_the_first, start
@@ -44,7 +44,7 @@ def run(options: Any) -> None:
         cli.Extract: _extract,
         training_options.Train: _train,
         training_options.Ask: _ask,
-        training_options.Plan: _plan,
+        training_options.Plan: _planning.run,
         cli.Eval: _eval,
         cli.Tasks: _tasks,
         cli.Compare: _compare,
@@ -278,25 +278,6 @@ def _ask(options: training_options.Ask) -> None:
         print(
             "\n".join(f"{image}\n" + _numbered(one.questions) for image, one in zip(options.image, asked, strict=True))
         )
-
-
-def _plan(options: training_options.Plan) -> None:
-    jax.config.update("jax_platforms", "cpu")  # what is compiled runs nowhere; a TPU here, if any, is left alone
-    from sav_jax.train.plan import plan_training
-    from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
-
-    presets, usual = (LORA_PRESETS, "llava") if options.task == "train-lora" else (SQ_PRESETS, "stage2")
-    name = options.preset or usual
-    if name not in presets:
-        raise UserError(f"no preset is called {name!r}; there are: {', '.join(presets)}")
-    given = {key: getattr(options, key) for key in ("batch_size", "micro_batches", "remat")}
-    if options.max_tokens < 1 or options.image_rows < 0:
-        raise UserError("--max-tokens must be at least 1, and --image-rows not negative")
-    recipe = overridden(presets[name], given)
-    report = plan_training(
-        options.model, options.topology, options.mesh, recipe, options.max_tokens, options.image_rows
-    )
-    print(report.json() if options.json else report.text())
 
 
 def _numbered(texts: Sequence[str]) -> str:

@@ -42,8 +42,8 @@ class Devices:
     """On what it runs."""
 
     mesh: Annotated[str | None, optional("AXIS=SIZE,...", "all devices share the batch")] = None
-    """How all devices, of all processes, are laid out: 'data' shares the batch, 'model' the weights of every layer,
-    such as data=4,model=4."""
+    """How all devices, of all processes, are laid out: 'data' shares the batch, 'fsdp' the batch and the storage of the
+    weights, 'model' the work of every layer; such as fsdp=4,model=4."""
 
     distributed: tyro.conf.FlagCreatePairsOff[bool] = False
     """One of several processes that run the same command. On a Cloud TPU pod, under SLURM and under Open MPI they find

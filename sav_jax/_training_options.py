@@ -275,16 +275,22 @@ class Plan:
     """The pod to compile for: v5e:4x4, v5p:2x2x2, v6e:8x8, ..."""
 
     mesh: str
-    """How its chips share the work: 'data' splits batches, 'model' heads and feed-forward widths; data=4,model=4."""
+    """How its chips share the work: 'data' splits batches, 'fsdp' batches and the storage of weights, 'model' heads and
+    feed-forward widths; fsdp=16, data=4,model=4."""
 
-    task: Literal["train-lora", "train-sq"] = "train-lora"
-    """A step of 'sav-jax train lora' or of 'sav-jax train sq-llava'."""
+    task: Literal["extract", "train-lora", "train-sq"] = "extract"
+    """Reading prompts ('sav-jax extract', 'fit', 'predict'), or a step of 'sav-jax train lora' or 'train sq-llava'."""
 
     preset: Annotated[str | None, optional("NAME", "llava, or stage2")] = None
-    """The recipe, as for these commands."""
+    """The recipe, as for the commands that train."""
 
-    batch_size: Annotated[int | None, optional("B", "as in the preset")] = None
-    """Conversations per step, over all chips."""
+    batch_size: Annotated[
+        int | None, optional("B", "one prompt per chip that shares the batch, or as in the preset")
+    ] = None
+    """Prompts of a batch, or conversations per step, over all chips."""
+
+    largest: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Look for the largest batch that fits, too: compiles two to four programs more. Of 'extract' only."""
 
     micro_batches: Annotated[int | None, optional("N", "as in the preset")] = None
     """Cut every batch into so many parts, one after the other."""
@@ -293,10 +299,10 @@ class Plan:
     """What layers compute again in the backward pass."""
 
     max_tokens: int = 2048
-    """Tokens of every conversation, with those of its images."""
+    """Tokens of every prompt or conversation, with those of its images."""
 
     image_rows: int = 1
-    """Rows of pixels of every conversation: tiles (LLaVA) or patches (Qwen); 0 for text alone."""
+    """Rows of pixels of every prompt or conversation: tiles (LLaVA) or patches (Qwen); 0 for text alone."""
 
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print one line of JSON."""

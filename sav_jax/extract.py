@@ -30,7 +30,7 @@ from sav_jax.models.batch import Batch
 from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
-from sav_jax.sharding import data_size, put_batch
+from sav_jax.sharding import data_size, on, put_batch
 
 _FEATURE_VERSION = "heads 1"
 """Part of every cache key; raised when the meaning or the numbers of the features change."""
@@ -233,7 +233,8 @@ def run_batches(
                     unreadable = error
                     prepared.clear()
                 else:
-                    running.append((plan, step(lmm.params, put_batch(batch, lmm.mesh), *further(plan))))
+                    with on(lmm.mesh):
+                        running.append((plan, step(lmm.params, put_batch(batch, lmm.mesh), *further(plan))))
                     if (following := next(upcoming, None)) is not None:
                         prepared.append((following, pool.submit(host_batch, following)))
             if len(running) > 1 or (running and not prepared):

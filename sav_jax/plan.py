@@ -2,7 +2,7 @@
 
 Nothing is allocated and nothing runs: parameters are shapes, devices are a description of a pod (a *topology*, such as
 ``v5e:4x4``), and the compiler is libtpu's, which needs no TPU. Whatever program is planned is the one that would run:
-:mod:`sav_jax.train.plan` plans steps of training.
+:mod:`sav_jax.plan_extraction` plans the reading of prompts, :mod:`sav_jax.train.plan` steps of training.
 
 Axes: B batch, T tokens, R positions read, P rows of pixels of one prompt.
 """
@@ -26,24 +26,16 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sav_jax._tpu import leave_tpus_alone
+from sav_jax._tpu import CHIPS, leave_tpus_alone
 from sav_jax.errors import UserError
 from sav_jax.lmm import BUNDLED, LMM
 from sav_jax.models.attention import compiling_for
 from sav_jax.models.batch import Batch
 from sav_jax.models.multimodal import MultimodalModel, init_params
 from sav_jax.models.registry import architecture, read_config
-from sav_jax.sharding import batch_sharding, parameter_sharding
+from sav_jax.sharding import batch_sharding, on, parameter_sharding
 
 GIB = 2**30
-MEMORY = {
-    "TPU v4": 15.25 * GIB,
-    "TPU v5 lite": 15.75 * GIB,
-    "TPU v5": 95.73 * GIB,
-    "TPU v6 lite": 31.24 * GIB,
-}
-"""What the compiler has to give away on each device, by kind: as it says when a program takes more (libtpu 0.0.52). A
-v4 chip is two devices."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +71,8 @@ class Report:
         arguments, outputs, temporaries: bytes; ``outputs`` are those not written over arguments.
         flops: of matrix products, everything that is computed twice counted twice, shared evenly among the chips.
         collectives: by kind; None where the compiler cannot print its program.
+        cycles: what the compiler estimates for all instructions, one after the other, without kernels of our own (the
+            attention); None where it cannot print its program.
         seconds: that tracing and compiling took.
     """
 
@@ -95,11 +89,31 @@ class Report:
     temporaries: int | None = None
     flops: float | None = None
     collectives: tuple[Collective, ...] | None = None
+    cycles: int | None = None
     seconds: float | None = None
+
+    def roofline(self) -> dict[str, float]:
+        """Seconds that no program can beat on such a chip, by what it waits for: its matrix units at their peak, its
+        memory (every argument read once), its links (every collective's bytes brought once, half of a chip's two-way
+        bandwidth); and the compiler's own estimate. What is not known is left out.
+        """
+        chip = CHIPS.get(self.device)
+        if chip is None:
+            return {}
+        found: dict[str, float] = {}
+        if self.flops is not None:
+            found["products"] = self.flops / chip.flops
+        if self.arguments is not None:
+            found["memory"] = self.arguments / chip.memory_bandwidth
+        if self.collectives is not None:
+            found["links"] = sum(one.bytes for one in self.collectives) / (chip.link_bandwidth / 2)
+        if self.cycles is not None:
+            found["compiler"] = self.cycles / chip.clock
+        return found
 
     def json(self) -> str:
         """As one line of JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self) | {"roofline": self.roofline()})
 
     def text(self) -> str:
         """As lines for people."""
@@ -118,6 +132,14 @@ class Report:
             lines.append(f"  {'products':<12}{self.flops / 1e12:>8.2f} TFLOP")
         for one in self.collectives or ():
             lines.append(f"  {one.kind:<20}{one.count:>6} x  {one.bytes / GIB:.2f} GiB in all")
+        notes = {
+            "products": "matrix units at their peak",
+            "memory": "arguments read once",
+            "links": "collectives, not hidden behind products",
+            "compiler": "its own estimate, attention kernels left out",
+        }
+        for name, bound in self.roofline().items():
+            lines.append(f"  {name:<12}{1e3 * bound:>8.1f} ms   {notes[name]}")
         if self.seconds is not None:
             lines.append(f"  compiled in {self.seconds:.0f} s")
         return "\n".join(lines)
@@ -223,10 +245,10 @@ def plan(
     """
     devices = list(mesh.devices.flat)
     kind = devices[0].device_kind
-    memory = int(MEMORY.get(kind, 0))
+    memory = int(CHIPS[kind].memory) if kind in CHIPS else 0
     common = {"program": program, "topology": topology, "device": kind, "mesh": dict(mesh.shape)}
     start = time.perf_counter()
-    with compiling_for(devices[0].platform):
+    with compiling_for(devices[0].platform), on(mesh):
         traced = function.trace(*arguments)
         lowered = traced.lower()
     try:
@@ -243,6 +265,7 @@ def plan(
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total = sizes.argument_size_in_bytes + outputs + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
     leaves = jax.tree_util.tree_leaves_with_path(list(arguments))
+    printed = _printed(compiled)
     return Report(
         **common,
         fits=not memory or total <= memory,
@@ -253,7 +276,8 @@ def plan(
         outputs=outputs,
         temporaries=sizes.temp_size_in_bytes,
         flops=product_flops(traced.jaxpr.jaxpr) / len(devices),
-        collectives=_printed_collectives(compiled),
+        collectives=None if printed is None else collectives(printed),
+        cycles=None if printed is None else estimated_cycles(printed),
         seconds=seconds,
     )
 
@@ -287,12 +311,11 @@ def _inner(params: Mapping[str, Any]) -> Iterator[Any]:
                 yield one.jaxpr
 
 
-def _printed_collectives(compiled: Any) -> tuple[Collective, ...] | None:
+def _printed(compiled: Any) -> str | None:
     try:
-        text = compiled.as_text()
+        return compiled.as_text()
     except jax.errors.JaxRuntimeError:  # jax 0.10's compiler cannot print some of its programs for v5p and v6e
         return None
-    return collectives(text)
 
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -300,6 +323,7 @@ _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%\S+ = (.*?) ({_KINDS})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?([%\w.\-, ]+)")
 _LOOP = re.compile(r"while\(.*?condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CYCLES = re.compile(r'"?estimated_cycles"?:\s*"?(\d+)')
 _TRIPS = re.compile(r"known_trip_count[^\d]{1,12}(\d+)")
 
 
@@ -309,29 +333,42 @@ def collectives(text: str) -> tuple[Collective, ...]:
     A loop's body counts as often as the loop runs: what its condition compares the counter with. An asynchronous
     collective is printed in several places; its channel tells that they are one.
     """
-    bodies = _computations(text)
     found: dict[tuple[str, str], tuple[int, int]] = {}
-
-    def visit(name: str, times: int) -> None:
-        for number, line in enumerate(bodies.get(name, ())):
-            if (match := _COLLECTIVE.match(line)) is not None:
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = match[2], channel[1] if channel else f"{name} {number}"
-                count, size = found.get(key, (0, 0))
-                found[key] = max(count, times), max(size, _result_bytes(match[1], bool(match[3])))
-            if (loop := _LOOP.search(line)) is not None:
-                visit(loop[2], times * _trips(line, bodies.get(loop[1], ()), bodies))
-                continue
-            for called in _CALLED.findall(line):
-                for one in called.split(","):
-                    visit(one.strip().lstrip("%"), times)
-
-    visit("ENTRY", 1)
+    for place, line, times in _instructions(text):
+        if (match := _COLLECTIVE.match(line)) is not None:
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = match[2], channel[1] if channel else place
+            count, size = found.get(key, (0, 0))
+            found[key] = max(count, times), max(size, _result_bytes(match[1], bool(match[3])))
     kinds: dict[str, tuple[int, int]] = {}
     for (kind, _), (times, size) in found.items():
         count, total = kinds.get(kind, (0, 0))
         kinds[kind] = count + times, total + times * size
     return tuple(Collective(kind, *kinds[kind]) for kind in sorted(kinds))
+
+
+def estimated_cycles(text: str) -> int:
+    """What the compiler for TPU writes beside its instructions, all of them together; loops as often as they run."""
+    return sum(
+        times * int(match[1]) for _, line, times in _instructions(text) if (match := _CYCLES.search(line)) is not None
+    )
+
+
+def _instructions(text: str) -> Iterator[tuple[str, str, int]]:
+    """Every instruction that runs: where it stands, as printed, and how often it runs."""
+    bodies = _computations(text)
+
+    def visit(name: str, times: int) -> Iterator[tuple[str, str, int]]:
+        for number, line in enumerate(bodies.get(name, ())):
+            yield f"{name} {number}", line, times
+            if (loop := _LOOP.search(line)) is not None:
+                yield from visit(loop[2], times * _trips(line, bodies.get(loop[1], ()), bodies))
+                continue
+            for called in _CALLED.findall(line):
+                for one in called.split(","):
+                    yield from visit(one.strip().lstrip("%"), times)
+
+    yield from visit("ENTRY", 1)
 
 
 def _computations(text: str) -> dict[str, list[str]]:

@@ -1,12 +1,14 @@
 """Who holds what: one table from parameter path to mesh axes, one function for batches.
 
-Mesh axes: "data" splits the batch, "model" splits heads and feed-forward width (tensor parallelism). A mesh may have
-either or both; an axis that does not divide a dimension leaves it whole, so that the same program runs on one CPU and
-on a pod.
+Mesh axes: "data" splits the batch; "fsdp" splits the batch and, for keeping, the weights, which every layer gathers
+before it computes (fully sharded data parallelism, ZeRO's third stage: arXiv 1910.02054); "model" splits heads and
+feed-forward width (tensor parallelism, arXiv 1909.08053). A mesh may have any of them; an axis that does not divide a
+dimension leaves it whole, so that the same program runs on one CPU and on a pod.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,20 +20,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sav_jax.errors import UserError
 
-AXES = ("data", "model")
+AXES = ("data", "fsdp", "model")
+_BATCH = ("data", "fsdp")
 
 # Parameter path (re.search) -> mesh axis of each trailing dimension; leading dimensions (stacked layers) stay whole.
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(q_proj|k_proj|v_proj)/kernel$", (None, "model", None)),
+    (r"(q_proj|k_proj|v_proj)/kernel$", ("fsdp", "model", None)),
     (r"(q_proj|k_proj|v_proj)/bias$", ("model", None)),
-    (r"qkv/kernel$", (None, None, "model", None)),
+    (r"qkv/kernel$", ("fsdp", None, "model", None)),
     (r"qkv/bias$", (None, "model", None)),
-    (r"(o_proj|out_proj)/kernel$", ("model", None, None)),
-    (r"(gate_proj|up_proj|fc1)/kernel$", (None, "model")),
+    (r"(o_proj|out_proj)/kernel$", ("model", None, "fsdp")),
+    (r"(gate_proj|up_proj|fc1)/kernel$", ("fsdp", "model")),
     (r"(gate_proj|up_proj|fc1)/bias$", ("model",)),
-    (r"(down_proj|fc2)/kernel$", ("model", None)),
-    (r"embed_tokens$", ("model", None)),
-    (r"lm_head/kernel$", (None, "model")),
+    (r"(down_proj|fc2)/kernel$", ("model", "fsdp")),
+    (r"embed_tokens$", ("model", "fsdp")),
+    (r"lm_head/kernel$", ("fsdp", "model")),
     (r"", ()),
 )
 
@@ -53,7 +56,11 @@ def mesh_of(devices: Sequence[Any], axes: str) -> Mesh:
     if math.prod(sizes.values()) != len(devices):
         raise UserError(f"--mesh {axes} is of {math.prod(sizes.values())} devices; there are {len(devices)}")
     shape = tuple(sizes.values())
-    return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), tuple(sizes))
+    try:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except AssertionError as error:  # a TPU v4 described core by core
+        raise UserError(f"no mesh of these devices can be made: {' '.join(str(error).split())}") from None
+    return Mesh(placed, tuple(sizes))
 
 
 def parameter_sharding(mesh: Mesh) -> Callable[[str, tuple[int, ...]], NamedSharding]:
@@ -73,14 +80,22 @@ def _fits(mesh: Mesh, axis: str | None, size: int) -> str | None:
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
 
 
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """While this is open, what is traced knows its mesh: layers gather what "fsdp" keeps in parts, and kernels that the
+    compiler cannot partition do it themselves. Without it programs are right, too, but may be slower.
+    """
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over "data"."""
-    return NamedSharding(mesh, PartitionSpec("data" if "data" in mesh.shape else None))
+    """Leading axis over "data" and "fsdp"."""
+    axes = tuple(axis for axis in _BATCH if axis in mesh.shape)
+    return NamedSharding(mesh, PartitionSpec(axes[0] if len(axes) == 1 else axes or None))
 
 
 def data_size(mesh: Mesh | None) -> int:
     """How many ways the batch is split; every batch size is a multiple of it."""
-    return 1 if mesh is None else mesh.shape.get("data", 1)
+    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in _BATCH)
 
 
 def own_rows(mesh: Mesh | None, number: int) -> slice:

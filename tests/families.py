@@ -31,7 +31,7 @@ import sav_jax
 from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_tokens
 from sav_jax.extract import plan_prompts
 from sav_jax.generation import _generate_step
-from sav_jax.sharding import put_batch
+from sav_jax.sharding import on, put_batch
 
 if TYPE_CHECKING:
     from sav_jax.models.batch import Batch
@@ -68,7 +68,7 @@ ALONE = ("text only", "odd", "two, marked", "long")
 NEW_TOKENS = 16
 EIGHT = ("text only", "square", "wide", "tall", "odd", "smaller than a tile", "two", "two, marked")
 """A batch that eight devices can share; without the longest prompts, to save time."""
-MESHES = ({"model": 2}, {"data": 8}, {"data": 2, "model": 4})
+MESHES = ({"model": 2}, {"data": 2, "fsdp": 4}, {"data": 2, "model": 4})
 
 
 def mesh_of(axes: dict[str, int]) -> jax.sharding.Mesh:
@@ -148,7 +148,8 @@ def run_together(lmm: sav_jax.LMM, examples: Sequence[sav_jax.Example]) -> tuple
 
 def run(lmm: sav_jax.LMM, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Heads ``[B, L, N, H]`` and logits ``[B, V]`` at the last token."""
-    heads, logits = step_of(lmm.module, lmm.architecture.heads_path)(lmm.params, put_batch(batch, lmm.mesh))
+    with on(lmm.mesh):
+        heads, logits = step_of(lmm.module, lmm.architecture.heads_path)(lmm.params, put_batch(batch, lmm.mesh))
     return np.asarray(heads[:, :, 0]).swapaxes(0, 1), np.asarray(logits[:, 0])
 
 

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import sav_jax
 from sav_jax import plan
 from sav_jax.cli import main
-from sav_jax.plan import GIB, Collective, Report, collectives, product_flops
+from sav_jax.plan import GIB, Collective, Report, collectives, estimated_cycles, product_flops
+from sav_jax.plan_extraction import largest_batch
 from sav_jax.sharding import mesh_of
 from sav_jax.train.plan import plan_training
 from sav_jax.train.recipes import LORA_PRESETS
@@ -60,6 +63,13 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
 
 
+@pytest.fixture(autouse=True)
+def flags_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite's flags are the CPU compiler's, read at its first program; libtpu would end the process over them."""
+    jax.jit(lambda x: -x)(jnp.zeros(()))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+
 def test_collectives_are_counted_as_often_as_they_run() -> None:
     """By hand: loops multiply, one channel is one collective wherever it is printed, kernels' lines end nothing."""
     assert collectives(PRINTED) == (
@@ -67,6 +77,13 @@ def test_collectives_are_counted_as_often_as_they_run() -> None:
         Collective("all-reduce", 12 + 1, 12 * 4 * 2 * 4 + (4 + 16 * 2)),
         Collective("collective-permute", 3, 3 * 10),
     )
+
+
+def test_cycles_are_counted_as_often_as_they_run() -> None:
+    """By hand: one in the entry, twelve times two in a loop's body."""
+    lines = PRINTED.replace("all-reduce(%p, %q),", 'all-reduce(%p, %q), backend_config={"estimated_cycles":"5"},')
+    lines = lines.replace("fusion(%z),", 'fusion(%z), backend_config={"estimated_cycles":"2"},')
+    assert estimated_cycles(lines) == 5 + 12 * 2
 
 
 def test_products_are_counted_as_often_as_they_run() -> None:
@@ -118,6 +135,54 @@ def test_a_step_of_training_for_a_pod(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"of 15.75: {'fits'}" in report.text()
 
 
+def test_reading_prompts_on_a_pod(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bundled model on four chips, weights in parts along both axes: every matrix of every layer is gathered."""
+    words = ["plan", "--model", "tiny", "--topology", "v5e:2x2", "--mesh", "fsdp=2,model=2"]
+    assert main([*words, "--batch-size", "4", "--max-tokens", "256", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    lmm = sav_jax.load("tiny")
+    whole = 2 * sum(leaf.size for leaf in jax.tree.leaves(lmm.params))  # bfloat16
+    assert whole / 4 < report["parameters"] < whole / 2
+    layers, tower = lmm.config.text.num_layers, lmm.config.vision.num_layers
+    counts = {one["kind"]: one["count"] for one in report["collectives"]}
+    # Of q, k, v, o, gate, up, down and of q, k, v, out, fc1, fc2; some may be gathered together.
+    assert counts["all-gather"] >= 4 * layers + 4 * tower
+    # After attention and after feed-forward, over "model"; the tower's five heads are not shared by two chips.
+    assert counts["all-reduce"] >= 2 * layers + tower
+    roofline = report["roofline"]
+    assert roofline["products"] == report["flops"] / 197e12
+    assert roofline["memory"] == report["arguments"] / 819e9
+    assert roofline["compiler"] > roofline["products"]
+    assert report["fits"]
+
+
+@given(
+    st.floats(0, 20e9),
+    st.floats(1e5, 1e9),
+    st.floats(0.8, 1.3),
+    st.integers(1, 16),
+    st.integers(1, 20),
+)
+def test_the_largest_batch(fixed: float, growth: float, power: float, multiple: int, asked: int) -> None:
+    """Whatever a program's memory, growing: the answer fits, and what was tried beyond does not."""
+    memory = int(15.75 * GIB)
+    tried: dict[int, bool] = {}
+
+    def compiled(batch: int) -> Report:
+        assert batch % multiple == 0
+        assert batch not in tried
+        total = int(fixed + growth * batch**power)
+        tried[batch] = total <= memory
+        return Report("", "", "", {}, total <= memory, memory, total)
+
+    found = largest_batch(compiled, multiple, compiled(asked * multiple), asked * multiple)
+    assert found == max((batch for batch, fits in tried.items() if fits), default=0)
+    assert all(batch > found for batch, fits in tried.items() if not fits)
+    assert len(tried) <= 7
+    if power == 1.0 and growth * multiple > 1e8:  # in proportion: exactly
+        assert fixed + growth * (found + 2 * multiple) > memory
+
+
 def test_what_does_not_fit_is_said() -> None:
     mesh = mesh_of(plan.topology_devices("v5e:2x2"), "data=4")
     whole = NamedSharding(mesh, PartitionSpec())
@@ -137,17 +202,20 @@ PLAN = ("plan", "--model", "tiny", "--topology", "v5e:2x2", "--mesh", "data=4")
     ("words", "problem"),
     [
         (["--mesh", "data=3"], "--mesh data=3 is of 3 devices; there are 4"),
-        (["--mesh", "rows=4"], "--mesh takes sizes of data, model"),
+        (["--mesh", "rows=4"], "--mesh takes sizes of data, fsdp, model"),
         (["--topology", "v5e:3x5x7"], "no topology 'v5e:3x5x7'"),
-        (["--batch-size", "6"], "batch_size 6 is no multiple of 4"),
-        (["--preset", "stage2"], "no preset is called 'stage2'"),
+        (["--batch-size", "6"], "--batch-size 6 is no multiple of the 4 chips that share a batch"),
+        (["--batch-size", "6", "--task", "train-lora"], "batch_size 6 is no multiple of 4"),
+        (["--preset", "stage2", "--task", "train-lora"], "no preset is called 'stage2'"),
+        (["--preset", "stage2"], "--preset is for --task train-lora and train-sq"),
+        (["--task", "train-sq", "--largest"], "--largest is for --task extract"),
         (["--model", "nowhere"], "nowhere"),
         (["--max-tokens", "0"], "--max-tokens must be at least 1"),
     ],
 )
 def test_bad_plans_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str], problem: str) -> None:
-    given = dict(zip(PLAN[1::2], PLAN[2::2], strict=True)) | {words[0]: words[1]}
-    assert main(["plan", *[word for pair in given.items() for word in pair]]) == 2
+    kept = [word for pair in zip(PLAN[1::2], PLAN[2::2], strict=True) if pair[0] not in words for word in pair]
+    assert main(["plan", *kept, *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert problem in captured.err
@@ -158,21 +226,21 @@ def test_bad_plans_are_one_line(capsys: pytest.CaptureFixture[str], words: list[
 def test_the_command_prints_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from sav_jax.train import plan as training
 
-    given: list[tuple[object, ...]] = []
+    seen: list[tuple[object, ...]] = []
     made = Report("a step", "v5e:2x2", "TPU v5 lite", {"data": 4}, True, int(15.75 * GIB), GIB, flops=1e12)
 
     def planned(*options: object) -> Report:
-        given.append(options)
+        seen.append(options)
         return made
 
     monkeypatch.setattr(training, "plan_training", planned)
     options = ["--task", "train-sq", "--batch-size", "32", "--max-tokens", "512", "--remat", "dots"]
     assert main([*PLAN, *options]) == 0
     assert capsys.readouterr().out == made.text() + "\n"
-    (model, topology, mesh, recipe, tokens, rows), *_ = given
+    (model, topology, mesh, recipe, tokens, rows), *_ = seen
     assert (model, topology, mesh, tokens, rows) == ("tiny", "v5e:2x2", "data=4", 512, 1)
     assert (recipe.sq_ratio, recipe.optimization.batch_size, recipe.optimization.remat) == (0.5, 32, "dots")  # type: ignore[attr-defined]
-    assert main([*PLAN, "--json"]) == 0
+    assert main([*PLAN, "--task", "train-lora", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["total"] == GIB
 
 

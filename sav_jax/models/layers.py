@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from sav_jax.models.batch import Array
 
@@ -22,6 +23,17 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x),
     "silu": jax.nn.silu,
 }
+
+
+def gathered(kernel: jax.Array, axes: str) -> jax.Array:
+    """A kernel whole along model width (D or C in ``axes``), which a mesh may keep in parts along "fsdp"
+    (``sharding.py``). Asked for right before use: inside a scan, a layer at a time. Left to itself, the compiler may
+    pass partial sums around instead.
+    """
+    if "fsdp" not in jax.sharding.get_abstract_mesh().shape:
+        return kernel
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*(None if axis in "CD" else free for axis in axes)))
 
 
 class Projection(nn.Module):
@@ -47,7 +59,7 @@ class Projection(nn.Module):
         init = nn.initializers.lecun_normal(
             in_axis=tuple(range(inputs)), out_axis=tuple(range(inputs, len(self.shape)))
         )
-        kernel = self.param("kernel", init, self.shape)
+        kernel = gathered(self.param("kernel", init, self.shape), self.equation.split("->")[0].split(",")[1])
         y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
         if self.has_variable("lora", "a"):
             y = y + self._low_rank(x)

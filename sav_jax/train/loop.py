@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sav_jax._files import write_file
 from sav_jax._processes import by_the_first
 from sav_jax.errors import UserError
-from sav_jax.sharding import data_size, put_own_rows
+from sav_jax.sharding import data_size, on, put_own_rows
 from sav_jax.train.data import batches
 from sav_jax.train.optimizer import Group, Optimization, Pace, preconditioner, updated
 
@@ -220,7 +220,8 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
         with _Log(directory, first, settings, progress) as log:
             waiting: list[tuple[int, dict[str, jax.Array]]] = []
             for step, batch in zip(range(first, len(data)), batches(data, first), strict=False):
-                state, metrics = step_function(state, problem.frozen, put_own_rows(batch, problem.mesh), pace)
+                with on(problem.mesh):
+                    state, metrics = step_function(state, problem.frozen, put_own_rows(batch, problem.mesh), pace)
                 waiting.append((step, metrics))
                 last = step + 1 == len(data)
                 due = (step + 1) % settings.checkpoint_every == 0 or last
