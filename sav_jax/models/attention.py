@@ -108,9 +108,41 @@ def _cudnn(
         return _chunked(q, k, v, causal, lengths, offsets)
     if lengths is not None:
         lengths = jnp.asarray(lengths, jnp.int32)
+    return (_cudnn_odd if q.shape[1] % 2 else _cudnn_call)(q, k, v, lengths, causal)
+
+
+def _cudnn_call(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool) -> jax.Array:
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cudnn_odd(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool) -> jax.Array:
+    """The same for an odd number of tokens (SigLIP's 729), which JAX computes but does not differentiate."""
+    return _cudnn_call(q, k, v, lengths, causal)
+
+
+def _cudnn_odd_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
+    batch, length = q.shape[:2]
+    real = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
+
+    def even(*qkv: jax.Array) -> jax.Array:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in qkv)  # one token that nobody sees
+        return _cudnn_call(q, k, v, real, causal)[:, :length]
+
+    return jax.vjp(even, q, k, v)
+
+
+def _cudnn_odd_backward(
+    causal: bool, pullback: Callable[[jax.Array], tuple[jax.Array, ...]], cotangent: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    return (*pullback(cotangent), None)
+
+
+_cudnn_odd.defvjp(_cudnn_odd_forward, _cudnn_odd_backward)
 
 
 def cudnn_takes(q: jax.Array, k: jax.Array) -> bool:

@@ -158,6 +158,14 @@ def test_a_gpu_runs_cudnn_where_it_can(lowered: Callable[..., str], options: dic
     assert (FMHA in lowered(causal, *operands(**options))) == fused
 
 
+@pytest.mark.parametrize("length", [64, 77])
+def test_cudnn_is_differentiated(lowered: Callable[..., str], length: int) -> None:
+    def gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
+        return jax.grad(lambda *qkv: causal(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    assert f"{FMHA}SoftmaxBackward" in lowered(gradients, *operands(length=length))
+
+
 def test_a_cache_is_read_without_cudnn(lowered: Callable[..., str]) -> None:
     def following(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return sav_jax.models.attention.attention(q[:, :1], k, v, causal=True, offsets=jnp.arange(8))
