@@ -186,6 +186,10 @@ def compiling_for(platform: str) -> Iterator[None]:
         _PLATFORM.reset(token)
 
 
+def _platform() -> str:
+    return _PLATFORM.get() or jax.default_backend()
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -216,7 +220,7 @@ def attention(
 
 def _chosen() -> str:
     """The back end where the caller names none."""
-    name = os.environ.get(OVERRIDE) or _OF_PLATFORM.get(_PLATFORM.get() or jax.default_backend(), "xla")
+    name = os.environ.get(OVERRIDE) or _OF_PLATFORM.get(_platform(), "xla")
     if name not in BACKENDS:
         raise UserError(f"{OVERRIDE}={name} is not one of {', '.join(BACKENDS)}")
     return name
@@ -242,8 +246,9 @@ def segment_attention(
     if _chosen() == "cudnn" and cudnn_takes(q, k):
         return _cudnn_segments(q, k, v, jnp.asarray(segments))
     blocks = []
-    for start in range(0, q.shape[1], QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q.shape[1])
+    size = CHUNK if _platform() in ("gpu", "cuda") else QUERY_BLOCK  # many small ones take long to compile there
+    for start in range(0, q.shape[1], size):
+        stop = min(start + size, q.shape[1])
         mask = segments[:, start:stop, None] == segments[:, None, :]
         blocks.append(_attend(q[:, start:stop], k, v, mask[:, None, None]))
     return jnp.concatenate(blocks, axis=1)
