@@ -128,15 +128,18 @@ def torch_model(config: Any, device: str) -> Any:
     """transformers' model in bfloat16 with random weights, made on the device; values of order one in every layer."""
     import torch
     from transformers import AutoModelForImageTextToText
+    from transformers.initialization import no_init_weights
 
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5)
-            elif "norm" not in name and "ln_q" not in name:
+            elif name.endswith("weight"):  # of a norm
+                parameter.fill_(1.0)
+            else:
                 parameter.normal_(std=0.1)
     return model.eval()
 

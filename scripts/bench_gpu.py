@@ -279,6 +279,8 @@ def run_section(name: str, run: Run) -> bool:
     sections = {"smoke": smoke, "parity": parity, "scoring": scoring}
     failed_before = len(FAILURES)
     with attempt():
+        if run.device == "cpu" and not run.small and name != "scoring":
+            raise RuntimeError("JAX sees no GPU; --small runs on a CPU")
         sections[name](run) if name in sections else prefill(run, name)
     return len(FAILURES) == failed_before
 
@@ -303,16 +305,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         # What one section has compiled, the others need not.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/compiled")
+        begin = time.perf_counter()
         for name in options.sections:
             part = Path(folder) / f"{name}.json"
             command = [sys.executable, __file__, "--one", "--sections", name, "--output", str(part)]
             command += ["--batch-sizes", *map(str, run.batch_sizes), "--repeats", str(run.repeats)]
-            begin = time.perf_counter()
+            left = options.total_seconds - (time.perf_counter() - begin)
+            start = time.perf_counter()
             try:
-                code = subprocess.run(command, timeout=options.seconds or SECONDS[name], check=False).returncode
+                code: int | str = subprocess.run(command, timeout=min(SECONDS[name], left), check=False).returncode
             except subprocess.TimeoutExpired:
-                code = -1
-            passed = time.perf_counter() - begin
+                code = "out of time"
+            passed = time.perf_counter() - start
             print(f"[{name}] {'done' if code == 0 else f'FAILED ({code})'} in {passed:.0f} s", flush=True)
             failed += [name] * (code != 0)
             rows += json.loads(part.read_text()) if part.exists() else []
@@ -326,7 +330,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sections", nargs="+", choices=SECONDS, default=list(SECONDS), help="which, in this order")
     parser.add_argument("--batch-sizes", nargs="+", type=int, help="prompts per forward pass (1 8)")
     parser.add_argument("--repeats", type=int, help="how often each side is timed (15; fewer of what takes long)")
-    parser.add_argument("--seconds", type=int, help="stop every section after so many, not after its own time")
+    parser.add_argument(
+        "--total-seconds", type=float, default=600.0, help="of all sections; those not reached count as failed"
+    )
     parser.add_argument("--output", type=Path, help="write the numbers as JSON, too")
     parser.add_argument(
         "--xla-flags", help="added to XLA_FLAGS, such as --xla-flags=--xla_gpu_enable_triton_gemm=false"
