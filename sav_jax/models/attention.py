@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import os
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from sav_jax.errors import UserError
 from sav_jax.models.batch import Array
 
 QUERY_BLOCK = 256
+OVERRIDE = "SAV_JAX_ATTENTION"
+"""Environment variable with the name of a back end: used wherever it can be, whatever the platform. It is read when a
+program is traced: set it before the first batch."""
+CHUNK = 1024
+"""Queries whose scores exist at a time in the back end ``chunked``."""
+_MASK_BLOCK = 4096  # queries whose mask exists at a time
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -70,7 +79,98 @@ def _blocked(
     return jnp.concatenate(blocks, axis=1)
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "blocked": _blocked}
+def _chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None, offsets: Array | None
+) -> jax.Array:
+    """The reference for one chunk of queries after another: memory grows with T and not with its square."""
+    batch, length = q.shape[:2]
+    if length <= CHUNK:
+        return _xla(q, k, v, causal, lengths, offsets)
+    if offsets is None and causal:
+        offsets = jnp.zeros(batch, jnp.int32)
+    count = -(-length // CHUNK)
+    q = jnp.pad(q, ((0, 0), (0, count * CHUNK - length), (0, 0), (0, 0)))
+
+    def attend(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        rows, start = chunk
+        return _xla(rows, k, v, causal, lengths, None if offsets is None else offsets + start)
+
+    chunks = rearrange(q, "b (c t) n h -> c b t n h", t=CHUNK)
+    y = jax.lax.map(attend, (chunks, jnp.arange(count, dtype=jnp.int32) * CHUNK))
+    return rearrange(y, "c b t n h -> b (c t) n h")[:, :length]
+
+
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None, offsets: Array | None
+) -> jax.Array:
+    """cuDNN's flash attention: no score matrix in memory, causal work only. What it does not take is chunked."""
+    if offsets is not None or not cudnn_takes(q, k):
+        return _chunked(q, k, v, causal, lengths, offsets)
+    if lengths is not None:
+        lengths = jnp.asarray(lengths, jnp.int32)
+    return (_cudnn_odd if q.shape[1] % 2 else _cudnn_call)(q, k, v, lengths, causal)
+
+
+def _cudnn_call(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool) -> jax.Array:
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cudnn_odd(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool) -> jax.Array:
+    """The same for an odd number of tokens (SigLIP's 729), which JAX computes but does not differentiate."""
+    return _cudnn_call(q, k, v, lengths, causal)
+
+
+def _cudnn_odd_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, causal: bool
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, ...]]]:
+    batch, length = q.shape[:2]
+    real = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
+
+    def even(*qkv: jax.Array) -> jax.Array:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in qkv)  # one token that nobody sees
+        return _cudnn_call(q, k, v, real, causal)[:, :length]
+
+    return jax.vjp(even, q, k, v)
+
+
+def _cudnn_odd_backward(
+    causal: bool, pullback: Callable[[jax.Array], tuple[jax.Array, ...]], cotangent: jax.Array
+) -> tuple[jax.Array | None, ...]:
+    return (*pullback(cotangent), None)
+
+
+_cudnn_odd.defvjp(_cudnn_odd_forward, _cudnn_odd_backward)
+
+
+def cudnn_takes(q: jax.Array, k: jax.Array) -> bool:
+    """Whether cuDNN's attention can be compiled for these arrays: half precision, heads of a multiple of 8 and at most
+    128 wide, on an NVIDIA GPU (Ampere or newer); and on a mesh, keys split as the queries are. Any number of tokens
+    will do.
+    """
+    width = q.shape[-1]
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype or width % 8 or width > 128:
+        return False
+    # Where "model" (sav_jax/sharding.py) does not divide K, keys stay whole, and cuDNN's partitioning refuses.
+    split = dict(jax.typeof(q).sharding.mesh.shape).get("model", 1)
+    if k.shape[2] % split:
+        return False
+    platform = _PLATFORM.get()
+    return _has_cudnn() if platform is None else platform in ("gpu", "cuda")
+
+
+@functools.cache
+def _has_cudnn() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    device = jax.local_devices()[0]
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "blocked": _blocked, "chunked": _chunked, "cudnn": _cudnn}
+_OF_PLATFORM = {"cpu": "blocked", "gpu": "cudnn", "cuda": "cudnn"}
 
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
@@ -84,6 +184,10 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _PLATFORM.reset(token)
+
+
+def _platform() -> str:
+    return _PLATFORM.get() or jax.default_backend()
 
 
 def attention(
@@ -104,15 +208,22 @@ def attention(
         causal: query t sees keys 0..t (T and S start together).
         lengths: int32 ``[B]`` keys that are real, the first of each row; None means all.
         offsets: int32 ``[B]``; with causal, query t of row b stands at key ``offsets[b] + t`` (a cache before it).
-        backend: a name in ``BACKENDS``; None picks the one measured best on the platform: the default one, unless
-            :func:`compiling_for` says otherwise.
+        backend: a name in ``BACKENDS``; None picks what the environment variable ``SAV_JAX_ATTENTION`` names, else the
+            one measured best on the platform: the default one, unless :func:`compiling_for` says otherwise. What a
+            back end does not take (see :func:`cudnn_takes`) is computed by one that does.
 
     Returns:
         ``[B, T, N, H]`` in v's dtype. Rows at padded queries are finite and meaningless.
     """
-    if backend is None:
-        backend = "blocked" if (_PLATFORM.get() or jax.default_backend()) == "cpu" else "xla"
-    return BACKENDS[backend](q, k, v, causal, lengths, offsets)
+    return BACKENDS[backend or _chosen()](q, k, v, causal, lengths, offsets)
+
+
+def _chosen() -> str:
+    """The back end where the caller names none."""
+    name = os.environ.get(OVERRIDE) or _OF_PLATFORM.get(_platform(), "xla")
+    if name not in BACKENDS:
+        raise UserError(f"{OVERRIDE}={name} is not one of {', '.join(BACKENDS)}")
+    return name
 
 
 def segment_attention(
@@ -132,12 +243,36 @@ def segment_attention(
     """
     if longest is not None and 3 * longest < q.shape[1]:
         return _neighbours(q, k, v, segments, longest)
+    if _chosen() == "cudnn" and cudnn_takes(q, k):
+        return _cudnn_segments(q, k, v, jnp.asarray(segments))
     blocks = []
-    for start in range(0, q.shape[1], QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q.shape[1])
+    size = CHUNK if _platform() in ("gpu", "cuda") else QUERY_BLOCK  # many small ones take long to compile there
+    for start in range(0, q.shape[1], size):
+        stop = min(start + size, q.shape[1])
         mask = segments[:, start:stop, None] == segments[:, None, :]
         blocks.append(_attend(q[:, start:stop], k, v, mask[:, None, None]))
     return jnp.concatenate(blocks, axis=1)
+
+
+def _cudnn_segments(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    """Rows of one segment and padding, such as prompts of one image, need lengths only and no mask in memory."""
+    own = segments == segments[:, :1]
+    lengths = jnp.sum(own, axis=1, dtype=jnp.int32)
+
+    def whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return _cudnn(q, k, v, False, lengths, None)
+
+    def masked(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        blocks = []
+        for start in range(0, q.shape[1], _MASK_BLOCK):
+            stop = start + _MASK_BLOCK
+            mask = segments[:, None, start:stop, None] == segments[:, None, None, :]
+            blocks.append(jax.nn.dot_product_attention(q[:, start:stop], k, v, mask=mask, implementation="cudnn"))
+        return jnp.concatenate(blocks, axis=1)
+
+    leading = own == (jnp.arange(own.shape[1])[None, :] < lengths[:, None])
+    alone = jnp.all(leading & (own | (segments == 0)))
+    return jax.lax.cond(alone, whole, masked, q, k, v)
 
 
 def _neighbours(q: jax.Array, k: jax.Array, v: jax.Array, segments: Array, longest: int) -> jax.Array:
