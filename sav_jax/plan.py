@@ -288,7 +288,7 @@ def _bytes_of(leaf: Any) -> int:
 
 def product_flops(jaxpr: Any) -> float:
     """Of all matrix products of a jaxpr, two for each multiplication; the bodies of scans as often as they run, those
-    of while loops once.
+    of while loops once, kernels for every block of their grid (with those that a causal one skips).
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -297,7 +297,13 @@ def product_flops(jaxpr: Any) -> float:
             summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
             continue
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        times = 1
+        if equation.primitive.name == "scan":
+            times = equation.params["length"]
+        elif equation.primitive.name == "shard_map":  # its body is of one device
+            times = equation.params["mesh"].size
+        elif equation.primitive.name == "pallas_call":
+            times = math.prod(equation.params["grid_mapping"].grid)
         total += times * sum(product_flops(inner) for inner in _inner(equation.params))
     return total
 

@@ -18,6 +18,7 @@ from einops import rearrange
 
 from sav_jax.errors import UserError
 from sav_jax.models.batch import Array
+from sav_jax.models.splash import splash
 
 QUERY_BLOCK = 256
 OVERRIDE = "SAV_JAX_ATTENTION"
@@ -169,8 +170,34 @@ def _has_cudnn() -> bool:
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
 
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "blocked": _blocked, "chunked": _chunked, "cudnn": _cudnn}
-_OF_PLATFORM = {"cpu": "blocked", "gpu": "cudnn", "cuda": "cudnn"}
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None, offsets: Array | None
+) -> jax.Array:
+    """Pallas' kernel for TPU, of causal attention over whole prompts: real tokens come first, so that they see no
+    padding and ``lengths`` is not needed. What it does not take is the reference's.
+    """
+    if not causal or offsets is not None or not splash_takes(q):
+        return _xla(q, k, v, causal, lengths, offsets)
+    return splash(q, k, v)
+
+
+def splash_takes(q: jax.Array) -> bool:
+    """Whether splash attention pays, and can be placed: on TPU, from 256 tokens on, and with several devices only where
+    their mesh is known (``sharding.on``): the compiler cannot partition kernels.
+    """
+    if _platform() != "tpu" or q.shape[1] < 256:
+        return False
+    return bool(jax.sharding.get_abstract_mesh().shape) or (_PLATFORM.get() is None and jax.device_count() == 1)
+
+
+BACKENDS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _xla,
+    "blocked": _blocked,
+    "chunked": _chunked,
+    "cudnn": _cudnn,
+    "splash": _splash,
+}
+_OF_PLATFORM = {"cpu": "blocked", "gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
 
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
