@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 def test_equals_the_reference(length: int) -> None:
     """Whole blocks, and a length that is filled up; averages of values below 5: a few times 5 * 2^-24."""
     q, k, v = arrays(length, 4, 2)
-    ours = jax.jit(lambda *x: splash(*x, interpret=True))(q, k, v)
+    ours = jax.jit(partial(splash, interpret=True))(q, k, v)
     np.testing.assert_allclose(ours, reference(q, k, v), rtol=0, atol=5e-6)
 
 
@@ -43,7 +45,7 @@ def test_every_device_has_the_right_keys(axes: str, heads: int) -> None:
     mesh = mesh_of(jax.devices(), axes)
     placed = [jax.device_put(x, NamedSharding(mesh, PartitionSpec())) for x in (q, k, v)]
     with on(mesh):
-        ours = jax.jit(lambda *x: splash(*x, interpret=True))(*placed)
+        ours = jax.jit(partial(splash, interpret=True))(*placed)
     np.testing.assert_allclose(ours, reference(q, k, v), rtol=0, atol=5e-6)
 
 
@@ -68,6 +70,7 @@ def test_compiles_for_tpu(topology: str) -> None:
     with compiling_for("tpu"), on(mesh):
         forwards = jax.jit(lambda *x: attention(*x, causal=True)).lower(q, k, k).compile()
         backwards = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k).compile()
+    compiled: Any
     for compiled in (forwards, backwards):
         assert re.search(r'custom_call_target="tpu_custom_call"', compiled.as_text())
         # A chip's score matrices alone would be 2 x 4 x 1000 x 1000 in float32.
@@ -77,7 +80,12 @@ def test_compiles_for_tpu(topology: str) -> None:
 def test_where_it_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """On TPU, for whole causal prompts, where the mesh is known; everywhere else, the reference is."""
     asked: list[int] = []
-    monkeypatch.setattr(attention_module, "splash", lambda q, k, v: asked.append(q.shape[1]) or q)
+
+    def asks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        asked.append(q.shape[1])
+        return q
+
+    monkeypatch.setattr(attention_module, "splash", asks)
     mesh = mesh_of(jax.devices(), "data=8")
 
     def trace(length: int = 512, causal: bool = True, offsets: bool = False) -> bool:
