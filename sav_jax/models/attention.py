@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +18,31 @@ from einops import rearrange
 from sav_jax.models.batch import Array
 
 QUERY_BLOCK = 256
+CAUSAL_BLOCK = 96
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Grouped-query attention with float32 scores; ``mask`` broadcasts to ``[B, K, G, T, S]``, True where a query may
     look.
     """
-    q = rearrange(q, "b t (k g) h -> b t k g h", k=k.shape[2])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+    # Heads first, and the queries of a group as rows of one product: else the scores would be transposed, not q. Sums
+    # divide what comes out, ``[T, H]``, and not the weights, ``[T, S]``.
+    group = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == jnp.float32:  # fewer numbers; in half precision the product would be rounded again
+        q, scale = q * scale, 1.0
+    q = rearrange(q, "b t (k g) h -> b k (g t) h", g=group)
+    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32) * scale
     if mask is not None:
         # finfo.min rather than -inf: a row that may look nowhere (padding) stays finite instead of becoming NaN.
+        scores = rearrange(scores, "b k (g t) s -> b k g t s", g=group)
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v), "b t k g h -> b t (k g) h")
+        scores = rearrange(scores, "b k g t s -> b k (g t) s")
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    y = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return rearrange(y.astype(v.dtype), "b k (g t) h -> b t (k g) h", g=group)
 
 
 def _xla(
@@ -55,19 +68,37 @@ def _blocked(
     q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None, offsets: Array | None
 ) -> jax.Array:
     """Blocks of queries, each with the keys it can see: half the work of a causal score matrix, and a block of it in
-    memory.
+    memory, which a CPU's caches hold.
     """
-    if not causal or offsets is not None or q.shape[1] <= QUERY_BLOCK:
+    if offsets is not None or (lengths is not None and not causal):
         return _xla(q, k, v, causal, lengths, offsets)
-    blocks = []
-    for start in range(0, q.shape[1], QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q.shape[1])
-        key_positions = jnp.arange(stop)
-        mask = (key_positions[None, :] <= jnp.arange(start, stop)[:, None])[None, None, None]
-        if lengths is not None:
-            mask = mask & (key_positions[None, :] < lengths[:, None])[:, None, None, None, :]
-        blocks.append(_attend(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
-    return jnp.concatenate(blocks, axis=1)
+    if not causal:
+        starts = range(0, q.shape[1], QUERY_BLOCK)
+        return jnp.concatenate([_attend(q[:, i : i + QUERY_BLOCK], k, v, None) for i in starts], axis=1)
+    # Padding comes last: no real query sees it, whatever the lengths.
+    length, size = q.shape[1], CAUSAL_BLOCK
+    # At most eight groups of blocks see the same keys; those of a group run one after the other, by a loop: XLA would
+    # compute the scores of all before it uses those of any.
+    group = size * max(1, -(-length // (8 * size)))
+    results = []
+    for start in range(0, length, group):
+        stop = min(start + group, length)
+        keys, values = k[:, :stop], v[:, :stop]
+
+        def block(queries: jax.Array, at: jax.Array | int, keys: jax.Array = keys, values: jax.Array = values) -> Any:
+            places = at + jnp.arange(queries.shape[1])
+            mask = jnp.arange(keys.shape[1])[None, :] <= places[:, None]
+            return _attend(queries, keys, values, mask[None, None, None])
+
+        if stop - start <= size:
+            results.append(block(q[:, start:stop], start))
+            continue
+        count = -(-(stop - start) // size)
+        queries = jnp.pad(q[:, start:stop], ((0, 0), (0, count * size - (stop - start)), (0, 0), (0, 0)))
+        queries = rearrange(queries, "b (n t) m h -> n b t m h", n=count)
+        y = jax.lax.map(lambda x, block=block: block(*x), (queries, start + size * jnp.arange(count)))
+        results.append(rearrange(y, "n b t m h -> b (n t) m h")[:, : stop - start])
+    return jnp.concatenate(results, axis=1)
 
 
 BACKENDS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "blocked": _blocked}
