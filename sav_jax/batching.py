@@ -50,10 +50,10 @@ class BatchPlan:
 
 
 def round_tokens(length: int) -> int:
-    """Up to a multiple of 32 below 256, of 64 below 1,024, of 128 below 4,096, of 512 from there: at most about an
+    """Up to a multiple of 32 below 512, of 64 below 1,024, of 128 below 4,096, of 512 from there: at most about an
     eighth is padding.
     """
-    step = 32 if length <= 256 else 64 if length <= 1024 else 128 if length <= 4096 else 512
+    step = 32 if length <= 512 else 64 if length <= 1024 else 128 if length <= 4096 else 512
     return -(-length // step) * step
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import operator
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +73,7 @@ def extract_heads(
     plans = plan_batches([prompts[row] for row in rows], batch_size, data_size(lmm.mesh))
     plans = [plan for plan in plans if absent.intersection(plan.rows)]
     heads = np.zeros((len(keys), *lmm.heads_shape), np.float32)
-    step = heads_step(lmm.module, lmm.architecture.heads_path)
+    step = heads_step(lmm.module, on_one_cpu(lmm))
     unique = [examples[row] for row in rows]
     for plan, values in run_batches(
         lmm, step, plans, [prompts[row] for row in rows], unique, progress=progress, what="heads"
@@ -159,17 +159,40 @@ def content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
     return digest.hexdigest()
 
 
+_CACHED_BYTES = 4 << 20  # of the widest activations, about what the caches of a CPU's cores hold
+
+
 @functools.lru_cache(maxsize=32)
-def heads_step(module: MultimodalModel, path: tuple[str, ...]) -> Callable[..., jax.Array]:
-    """``(params, batch, edit=None) -> heads [B, L, N, H]`` at the first position read."""
+def heads_step(module: MultimodalModel, in_parts: bool = False) -> Callable[..., jax.Array]:
+    """``(params, batch, edit=None) -> heads [B, L, N, H]`` at the first position read.
+
+    Args:
+        module: the model.
+        in_parts: run as few rows after the others as caches hold, for a CPU: a whole batch of a large model runs
+            through memory in every operation (measured: an eighth slower).
+    """
+
+    def run(params: Any, batch: Batch, edit: HeadEdit | None) -> jax.Array:
+        heads: Any = module.apply({"params": params}, batch, edit=edit, method="heads")
+        return rearrange(heads[:, :, 0], "l b n h -> b l n h").astype(jnp.float32)
 
     @jax.jit
     def step(params: Any, batch: Batch, edit: HeadEdit | None = None) -> jax.Array:
-        state: Any = module.apply({"params": params}, batch, edit=edit, mutable=["intermediates"])[1]
-        heads = functools.reduce(operator.getitem, path, state["intermediates"])
-        return rearrange(heads[:, :, 0], "l b n h -> b l n h").astype(jnp.float32)
+        size, tokens = batch.token_ids.shape
+        rows = max(1, _CACHED_BYTES // (4 * tokens * module.config.text.intermediate_size))
+        rows = math.gcd(size, 1 << (rows.bit_length() - 1))
+        if not in_parts or rows == size or edit is not None:
+            return run(params, batch, edit)
+        parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, rows, *x.shape[1:]), batch)
+        heads = jax.lax.map(lambda part: run(params, part, None), parts)
+        return heads.reshape(size, *heads.shape[2:])
 
     return step
+
+
+def on_one_cpu(lmm: LMM) -> bool:
+    """Whether the model runs on a single CPU device."""
+    return jax.default_backend() == "cpu" and (lmm.mesh is None or lmm.mesh.size == 1)
 
 
 @functools.lru_cache(maxsize=32)

@@ -22,7 +22,7 @@ from einops import rearrange
 
 from sav_jax.batching import plan_batches
 from sav_jax.examples import Example
-from sav_jax.extract import check_finite, content_key, heads_step, plan_prompts, repeated, run_batches
+from sav_jax.extract import check_finite, content_key, heads_step, on_one_cpu, plan_prompts, repeated, run_batches
 from sav_jax.generation import (
     Generation,
     continue_from,
@@ -121,7 +121,7 @@ def read(
     if answering:
         step: Callable[..., Any] = _read_step(lmm.module, path, stops, len(options) > 0, max_new_tokens)
     else:
-        step = heads_step(lmm.module, path)
+        step = heads_step(lmm.module, on_one_cpu(lmm))
     for plan, values in run_batches(
         lmm,
         step,

@@ -230,7 +230,7 @@ class Row:
 
 
 HEADER = (
-    "| section | released (or without) | ours | times faster, time passed | times faster, CPU time | target | checked |\n"
+    "| section | released (or without) | ours | faster by, time passed | by, CPU time | target | checked |\n"
     "|---|---|---|---|---|---|---|"
 )
 
