@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +64,13 @@ def _xla(
 
 
 def _blocked(
-    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None, offsets: Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    causal: bool,
+    lengths: Array | None,
+    offsets: Array | None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Blocks of queries, each with the keys it can see: half the work of a causal score matrix, and a block of it in
     memory, which a CPU's caches hold.
@@ -83,20 +88,22 @@ def _blocked(
     results = []
     for start in range(0, length, group):
         stop = min(start + group, length)
-        keys, values = k[:, :stop], v[:, :stop]
-
-        def block(queries: jax.Array, at: jax.Array | int, keys: jax.Array = keys, values: jax.Array = values) -> Any:
-            places = at + jnp.arange(queries.shape[1])
-            mask = jnp.arange(keys.shape[1])[None, :] <= places[:, None]
-            return _attend(queries, keys, values, mask[None, None, None])
-
-        if stop - start <= size:
-            results.append(block(q[:, start:stop], start))
-            continue
         count = -(-(stop - start) // size)
-        queries = jnp.pad(q[:, start:stop], ((0, 0), (0, count * size - (stop - start)), (0, 0), (0, 0)))
-        queries = rearrange(queries, "b (n t) m h -> n b t m h", n=count)
-        y = jax.lax.map(lambda x, block=block: block(*x), (queries, start + size * jnp.arange(count)))
+        cut = ((0, 0), (0, count * size - (stop - start) if count > 1 else 0))
+        own = None if segments is None else jnp.pad(segments[:, start:stop], cut)
+        queries = jnp.pad(q[:, start:stop], (*cut, (0, 0), (0, 0)))
+
+        def block(queries: jax.Array, own: jax.Array | None, at: jax.Array | int, stop: int = stop) -> jax.Array:
+            mask = (jnp.arange(stop)[None, :] <= (at + jnp.arange(queries.shape[1]))[:, None])[None]
+            if segments is not None and own is not None:
+                mask = mask & _visible(own, segments[:, :stop])
+            return _attend(queries, k[:, :stop], v[:, :stop], mask[:, None, None])
+
+        if count == 1:
+            results.append(block(queries, own, start))
+            continue
+        parts = jax.tree.map(lambda x, n=count: rearrange(x, "b (n t) ... -> n b t ...", n=n), (queries, own))
+        y = jax.lax.map(lambda part, block=block: block(*part), (*parts, start + size * jnp.arange(count)))
         results.append(rearrange(y, "n b t m h -> b (n t) m h")[:, : stop - start])
     return jnp.concatenate(results, axis=1)
 
@@ -125,6 +132,7 @@ def attention(
     causal: bool,
     lengths: Array | None = None,
     offsets: Array | None = None,
+    segments: Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v for every head.
@@ -135,15 +143,43 @@ def attention(
         causal: query t sees keys 0..t (T and S start together).
         lengths: int32 ``[B]`` keys that are real, the first of each row; None means all.
         offsets: int32 ``[B]``; with causal, query t of row b stands at key ``offsets[b] + t`` (a cache before it).
+        segments: int32 ``[B, S]``; with causal and without offsets, a query sees the keys of segment 0 and of its own.
         backend: a name in ``BACKENDS``; None picks the one measured best on the platform: the default one, unless
             :func:`compiling_for` says otherwise.
 
     Returns:
         ``[B, T, N, H]`` in v's dtype. Rows at padded queries are finite and meaningless.
     """
+    if segments is not None:
+        return _blocked(q, k, v, causal, lengths, offsets, jnp.asarray(segments))
     if backend is None:
         backend = "blocked" if (_PLATFORM.get() or jax.default_backend()) == "cpu" else "xla"
     return BACKENDS[backend](q, k, v, causal, lengths, offsets)
+
+
+def attention_at(
+    q: jax.Array, k: jax.Array, v: jax.Array, places: jax.Array, segments: Array | None = None
+) -> jax.Array:
+    """Causal attention of a few queries.
+
+    Args:
+        q: ``[B, R, N, H]``.
+        k, v: ``[B, S, K, H]``.
+        places: int32 ``[B, R]``: query r of row b sees keys 0..places[b, r].
+        segments: int32 ``[B, S]``, see :func:`attention`.
+
+    Returns:
+        ``[B, R, N, H]`` in v's dtype.
+    """
+    mask = jnp.arange(k.shape[1])[None, None, :] <= places[:, :, None]
+    if segments is not None:
+        mask = mask & _visible(jnp.take_along_axis(jnp.asarray(segments), places, axis=1), jnp.asarray(segments))
+    return _attend(q, k, v, mask[:, None, None])
+
+
+def _visible(own: jax.Array, keys: jax.Array) -> jax.Array:
+    """Segments of queries ``[B, T]`` and of keys ``[B, S]`` -> bool ``[B, T, S]``: the own one, and the beginning."""
+    return (keys == 0)[:, None, :] | (keys[:, None, :] == own[:, :, None])
 
 
 def segment_attention(

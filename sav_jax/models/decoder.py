@@ -23,7 +23,7 @@ from flax import linen as nn
 from flax import struct
 
 from sav_jax.errors import UserError
-from sav_jax.models.attention import attention
+from sav_jax.models.attention import attention, attention_at
 from sav_jax.models.batch import Array
 from sav_jax.models.intervention import HeadEdit, LayerEdit, edited, tokens_at
 from sav_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, rotary_angles, rotate, scanned
@@ -222,6 +222,7 @@ class Context:
         deepstack: visual features added to the outputs of the first layers, ``[J, B, T, D]`` (Qwen3-VL), or None.
         query_scale: float32 ``[B, T]`` what queries are multiplied by, or None.
         edited_tokens: bool ``[B, T]`` where head outputs are changed (``models/intervention.py``), or None.
+        segments: int32 ``[B, T]``, see :class:`sav_jax.models.batch.Batch`, or None.
     """
 
     angles: tuple[jax.Array, jax.Array]
@@ -231,6 +232,7 @@ class Context:
     deepstack: jax.Array | None = None
     query_scale: jax.Array | None = None
     edited_tokens: Array | None = None
+    segments: Array | None = None
 
     def at_read(self) -> Context:
         """Angles, scales and edited tokens at the positions read, ``[B, R, ...]``."""
@@ -281,16 +283,12 @@ class SelfAttention(nn.Module):
             cache = _append(cache[0], k, start), _append(cache[1], v, start)
         if read:
             keys, values = (k, v) if cache is None else (part.astype(v.dtype) for part in cache)
-            places = (
-                context.read_positions if context.offsets is None else context.read_positions + context.offsets[:, None]
-            )
-            each = (
-                attention(q[:, i : i + 1], keys, values, causal=True, offsets=jnp.asarray(places)[:, i])
-                for i in range(q.shape[1])
-            )
-            heads = jnp.concatenate(list(each), axis=1)
+            places = jnp.asarray(context.read_positions)
+            if context.offsets is not None:
+                places = places + context.offsets[:, None]
+            heads = attention_at(q, keys, values, places, context.segments)
         elif cache is None or context.offsets is None:
-            heads = attention(q, k, v, causal=True, lengths=context.lengths)
+            heads = attention(q, k, v, causal=True, lengths=context.lengths, segments=context.segments)
         else:
             # A query sees the cache and the new tokens up to its own: all of them real when the query is.
             keys, values = (part.astype(v.dtype) for part in cache)
@@ -410,17 +408,20 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         deepstack: jax.Array | None = None,
         edit: HeadEdit | None = None,
+        segments: Array | None = None,
     ) -> jax.Array:
         """Head outputs alone: nothing behind those of the last layer is computed, nor what other positions ask there.
 
         Args:
             x, lengths, read_positions, positions, cache, deepstack, edit: as for a call. Parameters may hold more
                 layers than the config has: those behind the last are not touched.
+            segments: int32 ``[B, T]`` of rows of several prompts (not with a cache), or None.
 
         Returns:
             ``[L, B, R, N, H]``.
         """
         context, layer_edits, _ = self._context(x.shape[1], lengths, read_positions, positions, cache, deepstack, edit)
+        context = context.replace(segments=segments)  # type: ignore[attr-defined]
         stacked = {name: tree for name, tree in self.layers.variables.items() if name != "intermediates"}
         caches = None if cache is None else (cache.keys, cache.values)
         last = self.config.num_layers - 1

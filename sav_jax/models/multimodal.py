@@ -109,7 +109,7 @@ class MultimodalModel(nn.Module):
         """
         x, deepstack = self.embed(batch)
         return self.language_model.heads(
-            x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack, edit
+            x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack, edit, batch.segments
         )
 
 
