@@ -13,6 +13,7 @@ import numpy as np
 
 from sav_jax import _planning, cli
 from sav_jax import _training_options as training_options
+from sav_jax._compiling import counted, keep_programs
 from sav_jax._files import check_output_file, check_output_folder, write_file
 from sav_jax._options import Running
 from sav_jax._processes import by_the_first, start
@@ -50,7 +51,13 @@ def run(options: Any) -> None:
         cli.Compare: _compare,
         cli.Report: _report,
     }
-    commands[type(options)](options)
+    running = getattr(options, "running", None)  # not of the commands that run no model
+    if running is None:
+        commands[type(options)](options)
+        return
+    keep_programs(_cache_dir(running))
+    with counted():
+        commands[type(options)](options)
 
 
 def _fit(options: cli.Fit) -> None:

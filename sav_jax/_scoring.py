@@ -13,7 +13,7 @@ Everything is float32 with full-precision products, whatever the dtype of the he
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 _BLOCK_BYTES = 64 * 2**20  # of similarities, on each device
 _CHUNK_BYTES = 256 * 2**20  # of heads, over all devices
 _MAX_BLOCK = 16  # larger ones leave a CPU's caches
+_PADDED_BYTES = 16 * 2**20  # of heads: fewer are padded to whole blocks, and numbers alike share a program
 
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -106,8 +107,10 @@ def _plan(examples: int, example_bytes: int, block_elements: int, mesh: Mesh) ->
     share = max(1, -(-examples // mesh.size))
     limit = min(_MAX_BLOCK, max(1, _BLOCK_BYTES // (4 * block_elements)), 1 << (share - 1).bit_length())
     block = 1 << (limit.bit_length() - 1)  # powers of two: predicting 5, then 7 examples compiles once
-    blocks = min(max(1, _CHUNK_BYTES // max(1, block * mesh.size * example_bytes)), -(-share // block))
-    return block, block * blocks * mesh.size
+    blocks = max(1, _CHUNK_BYTES // max(1, block * mesh.size * example_bytes))
+    if blocks * block >= share and share >= block and examples * example_bytes > _PADDED_BYTES:
+        return block, share * mesh.size
+    return block, block * min(blocks, -(-share // block)) * mesh.size
 
 
 def _chunks(
@@ -127,8 +130,17 @@ def _chunks(
         )
 
 
-def _blocked(x: jax.Array, block: int) -> jax.Array:
-    return x.reshape(-1, block, *x.shape[1:])
+def _blocks(x: jax.Array, y: jax.Array, block: int, none: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """Number of a block -> its rows, cut out and not copied; the last one begins early enough to be whole, and what it
+    repeats is of class ``none``.
+    """
+
+    def rows(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start = jnp.minimum(number * block, len(x) - block)
+        own, classes = (lax.dynamic_slice_in_dim(array, start, block) for array in (x, y))
+        return own, jnp.where(start + jnp.arange(block) < number * block, none, classes)
+
+    return rows
 
 
 # On the device
@@ -152,14 +164,16 @@ def _class_sums(heads: jax.Array, labels: jax.Array, *, num_classes: int, block:
     every = PartitionSpec(mesh.axis_names)
 
     def on_device(heads: jax.Array, labels: jax.Array) -> jax.Array:
-        def add(total: jax.Array, rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            x, y = rows
+        rows = _blocks(heads, labels, block, num_classes)
+
+        def add(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            x, y = rows(number)
             # A matrix product and not a scatter: the order of its additions does not change from run to run.
             of_class = jax.nn.one_hot(y, num_classes, dtype=jnp.float32)
             return total + _einsum("bc,bmh->mch", of_class, x.astype(jnp.float32)), None
 
         zero = jnp.zeros((heads.shape[1], num_classes, heads.shape[2]), jnp.float32)
-        total, _ = lax.scan(add, zero, (_blocked(heads, block), _blocked(labels, block)))
+        total, _ = lax.scan(add, zero, jnp.arange(-(-len(heads) // block), dtype=jnp.int32))
         return lax.psum(total, mesh.axis_names)
 
     return jax.shard_map(on_device, mesh=mesh, in_specs=(every, every), out_specs=PartitionSpec(), check_vma=False)(
@@ -185,8 +199,10 @@ def _count_right(
     def on_device(
         heads: jax.Array, labels: jax.Array, sums: jax.Array, directions: jax.Array, counts: jax.Array
     ) -> jax.Array:
-        def add(total: jax.Array, rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            x, y = rows
+        rows = _blocks(heads, labels, block, directions.shape[1])
+
+        def add(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+            x, y = rows(number)
             x = x.astype(jnp.float32)
             cosines = _einsum("bmh,mch->bmc", _directions(x), directions)
             if leave_one_out:
@@ -201,7 +217,7 @@ def _count_right(
             return total + jnp.sum(right, axis=0, dtype=jnp.int32), None
 
         zero = jnp.zeros(heads.shape[1], jnp.int32)
-        total, _ = lax.scan(add, zero, (_blocked(heads, block), _blocked(labels, block)))
+        total, _ = lax.scan(add, zero, jnp.arange(-(-len(heads) // block), dtype=jnp.int32))
         return lax.psum(total, mesh.axis_names)
 
     return jax.shard_map(
@@ -222,8 +238,13 @@ def _nearest(
             confidence = jnp.mean(jax.nn.softmax(cosines / temperature, axis=-1), axis=1)
             return jnp.argmax(cosines, axis=-1).astype(jnp.int32), confidence
 
-        nearest, confidence = lax.map(classify, _blocked(heads, block))
-        return nearest.reshape(-1, *nearest.shape[2:]), confidence.reshape(-1, *confidence.shape[2:])
+        whole = len(heads) // block * block
+        nearest, confidence = lax.map(classify, heads[:whole].reshape(-1, block, *heads.shape[1:]))
+        parts = nearest.reshape(-1, *nearest.shape[2:]), confidence.reshape(-1, *confidence.shape[2:])
+        if whole == len(heads):
+            return parts
+        rest = classify(heads[whole:])
+        return jnp.concatenate([parts[0], rest[0]]), jnp.concatenate([parts[1], rest[1]])
 
     # Every process gets the whole answer.
     nearest, confidence = jax.shard_map(

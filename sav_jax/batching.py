@@ -22,12 +22,13 @@ from sav_jax.models.processor import Prompt
 
 @dataclass(frozen=True)
 class Bucket:
-    """Static shape of a batch: T tokens, P rows of pixels, S taps, M virtual tokens."""
+    """Static shape of a batch: T tokens, P rows of pixels, S taps, M virtual tokens, R prompts in one sequence."""
 
     tokens: int
     rows: int
     taps: int
     virtual: int = 0
+    reads: int = 1
 
     def takes_in(self, other: Bucket) -> bool:
         """Whether a prompt of ``other`` may run in this shape: it fits, at no more than twice its own work."""
@@ -36,6 +37,8 @@ class Bucket:
             and other.rows <= self.rows
             and other.taps <= self.taps
             and other.virtual <= self.virtual
+            and other.reads <= self.reads
+            and (other.reads > 1) == (self.reads > 1)
         )
         return fits and self.tokens <= 2 * other.tokens and self.rows <= 2 * other.rows
 
@@ -50,10 +53,10 @@ class BatchPlan:
 
 
 def round_tokens(length: int) -> int:
-    """Up to a multiple of 32 below 256, of 64 below 1,024, of 128 below 4,096, of 512 from there: at most about an
+    """Up to a multiple of 32 below 512, of 64 below 1,024, of 128 below 4,096, of 512 from there: at most about an
     eighth is padding.
     """
-    step = 32 if length <= 256 else 64 if length <= 1024 else 128 if length <= 4096 else 512
+    step = 32 if length <= 512 else 64 if length <= 1024 else 128 if length <= 4096 else 512
     return -(-length // step) * step
 
 
@@ -90,6 +93,7 @@ def plan_batches(prompts: Sequence[Prompt], batch_size: int, multiple: int = 1) 
             round_rows(prompt.num_rows),
             prompt.visual_index.shape[1],
             round_tokens(prompt.num_virtual),
+            next_size(max(1, len(prompt.reads)), 1),
         )
         groups.setdefault(bucket, deque()).append(row)
     full = -(-batch_size // multiple) * multiple
@@ -119,7 +123,8 @@ def assemble(
     pixels: Sequence[np.ndarray],
     virtual: Sequence[np.ndarray | None] = (),
 ) -> Batch:
-    """Stack the prompts of a plan into a padded :class:`Batch` of host arrays that reads each prompt's last token.
+    """Stack the prompts of a plan into a padded :class:`Batch` of host arrays that reads the last token of each
+    prompt.
 
     Args:
         plan: the batch.
@@ -139,14 +144,20 @@ def assemble(
         return out
 
     lengths = [len(prompt.token_ids) for prompt in members]
+    reads = [prompt.reads or (length - 1,) for prompt, length in zip(members, lengths, strict=True)]
+    reads = [(*places, *[places[-1]] * (b.reads - len(places))) for places in reads]
     text = Batch(
         token_ids=stack([prompt.token_ids for prompt in members], b.tokens),
         lengths=np.array([lengths[i] for i in order], np.int32),
-        read_positions=np.array([[lengths[i] - 1] for i in order], np.int32),
+        read_positions=np.array([reads[i] for i in order], np.int32),
         positions=None
         if members[0].positions is None
         else stack([prompt.positions for prompt in members if prompt.positions is not None], b.tokens),
     )
+    if b.reads > 1:
+        text = replace(
+            text, segments=stack([prompt.segments for prompt in members if prompt.segments is not None], b.tokens)
+        )
     if b.virtual:
         none = np.full(0, -1, np.int32)
         index = [none if prompt.virtual_index is None else prompt.virtual_index for prompt in members]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import operator
+import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sav_jax.models.batch import Batch
 from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
+from sav_jax.packing import Pack, pack
 from sav_jax.sharding import data_size, on, put_batch
 
 _FEATURE_VERSION = "heads 1"
@@ -42,11 +43,15 @@ def extract_heads(
     batch_size: int = 8,
     cache: HeadStore | str | Path | None = None,
     progress: bool = True,
+    *,
+    num_layers: int | None = None,
+    reuse_images: bool = True,
 ) -> np.ndarray:
     """What every attention head puts out at the last prompt token, before the output projection (SAVs, arXiv
     2412.00142, section 3).
 
-    Equal prompts (text, images, videos) are run once. With a cache, finished examples are read from it and new ones are
+    Equal prompts (text, images, videos) are run once; of prompts that differ only behind their last image, what comes
+    before is run once (:mod:`sav_jax.packing`). With a cache, finished examples are read from it and new ones are
     stored batch by batch: a killed run resumes, repeats at most the batches under way, and ends with the same bytes.
 
     Args:
@@ -55,32 +60,35 @@ def extract_heads(
         batch_size: prompts per forward pass.
         cache: a :class:`HeadStore` or the path of one (local folder or ``gs://``).
         progress: show a bar with examples/s and ETA on stderr.
+        num_layers: L, run only the first so many layers of the model; by default all that are loaded.
+        reuse_images: False runs every prompt by itself: the same numbers up to rounding.
 
     Returns:
         float32 ``[E, L, N, H]``.
 
     Raises:
-        UserError: an image or video cannot be read, or features are not finite; names the row.
+        UserError: no such number of layers; an image or video cannot be read, or features are not finite: names the
+            row.
     """
+    if num_layers is not None:
+        lmm = lmm.truncated(num_layers)
     prompts = plan_prompts(lmm, examples)
-    keys = [content_key(lmm, prompt, example) for prompt, example in zip(prompts, examples, strict=True)]
+    media = [media_digests(example) for example in examples]
+    keys = [content_key(lmm, *of) for of in zip(prompts, examples, media, strict=True)]
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     rows = sorted(first.values())
     store = HeadStore.open(cache) if isinstance(cache, (str, Path)) else cache
     absent = set(range(len(rows))) if store is None else set(store.missing([keys[row] for row in rows]))
+    heads = np.zeros((len(keys), *lmm.heads_shape), np.float32)
+    shown = [media[row] for row in rows] if reuse_images else None
+    unique = [examples[row] for row in rows]
     # Batches are planned over all examples and run whole when any of theirs is missing: a resumed run computes each of
     # them in the same company as the first one did, and so to the same bits.
-    plans = plan_batches([prompts[row] for row in rows], batch_size, data_size(lmm.mesh))
-    plans = [plan for plan in plans if absent.intersection(plan.rows)]
-    heads = np.zeros((len(keys), *lmm.heads_shape), np.float32)
-    step = heads_step(lmm.module, lmm.architecture.heads_path)
-    unique = [examples[row] for row in rows]
-    for plan, values in run_batches(
-        lmm, step, plans, [prompts[row] for row in rows], unique, progress=progress, what="heads"
+    for index, values in run_heads(
+        lmm, [prompts[row] for row in rows], unique, batch_size, absent, shown, progress=progress, what="heads"
     ):
-        check_finite(values, [unique[i] for i in plan.rows])
-        new = [i for i, row in enumerate(plan.rows) if row in absent]
-        index = [plan.rows[i] for i in new]
+        new = [i for i, row in enumerate(index) if row in absent]
+        index = [index[i] for i in new]
         heads[[rows[i] for i in index]] = values[new]
         if store is not None:
             store.write([keys[rows[i]] for i in index], values[new])
@@ -88,6 +96,61 @@ def extract_heads(
         present = [i for i in range(len(rows)) if i not in absent]
         store.read_into(heads, [rows[i] for i in present], [keys[rows[i]] for i in present])
     return repeated(heads, keys, first)
+
+
+def run_heads(
+    lmm: LMM,
+    prompts: Sequence[Prompt],
+    examples: Sequence[Example],
+    batch_size: int,
+    wanted: Container[int],
+    media: Sequence[Sequence[str]] | None = None,
+    *,
+    progress: bool,
+    what: str,
+    edit: HeadEdit | None = None,
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Heads of the batches that hold any prompt that is wanted.
+
+    Args:
+        lmm: the frozen model.
+        prompts, examples: E distinct prompts, and what they were made from.
+        batch_size: prompts, or packs of them, per forward pass.
+        wanted: places in ``prompts``.
+        media: digests of each prompt's images and videos: what those that share them have in common is run once. None:
+            every prompt by itself.
+        progress, what: a bar on stderr and its title.
+        edit: a change of head outputs.
+
+    Yields:
+        Places in ``prompts``, and their heads, float32 ``[., L, N, H]``.
+
+    Raises:
+        UserError: an image or video cannot be read, or features are not finite; names the row.
+    """
+    alone = media is None or edit is not None or getattr(lmm.config.text, "dynamic_ntk", False)
+    packs = [Pack(p, (i,)) for i, p in enumerate(prompts)] if alone or media is None else pack(prompts, media)
+    plans = plan_batches([one.prompt for one in packs], batch_size, data_size(lmm.mesh))
+    plans = [plan for plan in plans if any(i in wanted for pack_row in plan.rows for i in packs[pack_row].members)]
+    sharing = [packs[row] for plan in plans for row in plan.rows if len(packs[row].members) > 1]
+    if sharing and progress and jax.process_index() == 0:
+        count = sum(len(one.members) for one in sharing)
+        print(f"{what}: {count} prompts share their images; {len(sharing)} passes read them", file=sys.stderr)
+    for plan, values in run_batches(
+        lmm,
+        heads_step(lmm.module, on_one_cpu(lmm)),
+        plans,
+        [one.prompt for one in packs],
+        [examples[one.members[0]] for one in packs],
+        progress=progress,
+        what=what,
+        further=lambda _: () if edit is None else (edit,),
+    ):
+        taken = [values[i, : len(packs[row].members)] for i, row in enumerate(plan.rows)]
+        index = [i for row in plan.rows for i in packs[row].members]
+        heads = np.concatenate(taken)
+        check_finite(heads, [examples[i] for i in index])
+        yield index, heads
 
 
 def repeated(values: np.ndarray, keys: Sequence[str], first: Mapping[str, int]) -> np.ndarray:
@@ -147,29 +210,57 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
     return prompts
 
 
-def content_key(lmm: LMM, prompt: Prompt, example: Example) -> str:
+def media_digests(example: Example) -> list[str]:
+    """What an example shows: digests of its images, and of its videos with how many of their frames."""
+    return [*example.image_digests(), *(f"video {digest} {example.frames}" for digest in example.video_digests())]
+
+
+def content_key(lmm: LMM, prompt: Prompt, example: Example, media: Sequence[str] | None = None) -> str:
     """sha256 of everything the features depend on: weights and processor, depth, dtype, tokens, images, videos and how
-    many of their frames are shown.
+    many of their frames are shown. ``media`` are the example's :func:`media_digests`, if they are known.
     """
-    facts = [_FEATURE_VERSION, lmm.fingerprint, str(lmm.num_layers), str(lmm.dtype), *example.image_digests()]
-    facts += [f"video {digest} {example.frames}" for digest in example.video_digests()]
+    media = media_digests(example) if media is None else media
+    facts = [_FEATURE_VERSION, lmm.fingerprint, str(lmm.num_layers), str(lmm.dtype), *media]
     facts += [f"virtual {tokens.key}" for tokens in example.virtual]
     digest = hashlib.sha256("\n".join(facts).encode())
     digest.update(prompt.token_ids.tobytes())
     return digest.hexdigest()
 
 
+_CACHED_BYTES = 4 << 20  # of the widest activations, about what the caches of a CPU's cores hold
+
+
 @functools.lru_cache(maxsize=32)
-def heads_step(module: MultimodalModel, path: tuple[str, ...]) -> Callable[..., jax.Array]:
-    """``(params, batch, edit=None) -> heads [B, L, N, H]`` at the first position read."""
+def heads_step(module: MultimodalModel, in_parts: bool = False) -> Callable[..., jax.Array]:
+    """``(params, batch, edit=None) -> heads [B, R, L, N, H]`` at the R positions read.
+
+    Args:
+        module: the model.
+        in_parts: run as few rows after the others as caches hold, for a CPU: a whole batch of a large model runs
+            through memory in every operation (measured: an eighth slower).
+    """
+
+    def run(params: Any, batch: Batch, edit: HeadEdit | None) -> jax.Array:
+        heads: Any = module.apply({"params": params}, batch, edit=edit, method="heads")
+        return rearrange(heads, "l b r n h -> b r l n h").astype(jnp.float32)
 
     @jax.jit
     def step(params: Any, batch: Batch, edit: HeadEdit | None = None) -> jax.Array:
-        state: Any = module.apply({"params": params}, batch, edit=edit, mutable=["intermediates"])[1]
-        heads = functools.reduce(operator.getitem, path, state["intermediates"])
-        return rearrange(heads[:, :, 0], "l b n h -> b l n h").astype(jnp.float32)
+        size, tokens = batch.token_ids.shape
+        rows = max(1, _CACHED_BYTES // (4 * tokens * module.config.text.intermediate_size))
+        rows = math.gcd(size, 1 << (rows.bit_length() - 1))
+        if not in_parts or rows == size or edit is not None:
+            return run(params, batch, edit)
+        parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, rows, *x.shape[1:]), batch)
+        heads = jax.lax.map(lambda part: run(params, part, None), parts)
+        return heads.reshape(size, *heads.shape[2:])
 
     return step
+
+
+def on_one_cpu(lmm: LMM) -> bool:
+    """Whether the model runs on a single CPU device."""
+    return jax.default_backend() == "cpu" and (lmm.mesh is None or lmm.mesh.size == 1)
 
 
 @functools.lru_cache(maxsize=32)
@@ -210,8 +301,11 @@ def run_batches(
         pixels = [lmm.processor.pixels(example.load_images(), example.load_videos()) for example in chosen]
         return assemble(plan, prompts, pixels, [example.virtual_tokens() for example in chosen])
 
+    def number_of(plan: BatchPlan) -> int:
+        return sum(max(1, len(prompts[row].reads)) for row in plan.rows)
+
     bar = tqdm(
-        total=sum(len(plan.rows) for plan in plans),
+        total=sum(map(number_of, plans)),
         desc=what,
         unit=" examples",
         file=sys.stderr,
@@ -241,7 +335,7 @@ def run_batches(
                 plan, result = running.popleft()
                 rows = len(plan.rows)
                 yield plan, jax.tree.map(lambda x, rows=rows: np.asarray(x)[:rows], result)
-                bar.update(rows)
+                bar.update(number_of(plan))
         if unreadable is not None:
             raise unreadable
     finally:

@@ -97,6 +97,19 @@ class LMM:
         """(layers, heads, head_dim) of the features of one example."""
         return self.num_layers, self.num_heads, self.head_dim
 
+    def truncated(self, num_layers: int) -> LMM:
+        """The same parameters, of whose layers only the first ones are run, and only for heads: nothing is copied.
+
+        Args:
+            num_layers: how many, at most those loaded.
+
+        Raises:
+            UserError: there are not as many.
+        """
+        if not 1 <= num_layers <= self.num_layers:
+            raise UserError(f"{self.name} has 1 to {self.num_layers} layers, not {num_layers}")
+        return dataclasses.replace(self, architecture=architecture(self.hf_config, num_layers))
+
     def reinitialized(self, seed: int) -> LMM:
         """The same architecture with random weights (Flax's default initialisers): the control every few-shot result
         needs.

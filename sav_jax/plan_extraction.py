@@ -39,7 +39,7 @@ def plan_extraction(
         f"heads of {batch_size} prompts of {tokens} tokens, {rows} rows of pixels each",
         topology,
         placed,
-        heads_step(lmm.module, lmm.architecture.heads_path),
+        heads_step(lmm.module),
         (lmm.params, abstract_batch(lmm.module, placed, batch_size, tokens, 1, rows)),
         lambda path: path.startswith("[0]"),
     )

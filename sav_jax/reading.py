@@ -22,7 +22,15 @@ from einops import rearrange
 
 from sav_jax.batching import plan_batches
 from sav_jax.examples import Example
-from sav_jax.extract import check_finite, content_key, heads_step, plan_prompts, repeated, run_batches
+from sav_jax.extract import (
+    check_finite,
+    content_key,
+    media_digests,
+    plan_prompts,
+    repeated,
+    run_batches,
+    run_heads,
+)
 from sav_jax.generation import (
     Generation,
     continue_from,
@@ -94,7 +102,8 @@ def read(
         UserError: an image cannot be read, features are not finite, or an option is empty or given twice.
     """
     prompts = plan_prompts(lmm, examples)
-    keys = [content_key(lmm, prompt, example) for prompt, example in zip(prompts, examples, strict=True)]
+    media = [media_digests(example) for example in examples]
+    keys = [content_key(lmm, *of) for of in zip(prompts, examples, media, strict=True)]
     if edit is not None:
         changed = hashlib.sha256(
             b"".join(np.asarray(x, np.float32).tobytes() for x in (edit.keep, edit.add))
@@ -115,30 +124,31 @@ def read(
         found["answers"] = np.zeros((len(keys), 1, 1, width), np.float32)
 
     absent = range(len(rows)) if not stores else _absent(stores, wanted)
-    unique, planned = [examples[rows[i]] for i in absent], [prompts[rows[i]] for i in absent]
-    plans = plan_batches(planned, batch_size, data_size(lmm.mesh))
-    path, stops = lmm.architecture.heads_path, lmm.stop_token_ids
-    if answering:
-        step: Callable[..., Any] = _read_step(lmm.module, path, stops, len(options) > 0, max_new_tokens)
-    else:
-        step = heads_step(lmm.module, path)
-    for plan, values in run_batches(
-        lmm,
-        step,
-        plans,
-        planned,
-        unique,
-        progress=progress,
-        what="prompts",
-        further=lambda _: (*((table, lengths) if answering else ()), *(() if edit is None else (edit,))),
-    ):
-        parts = dict(zip(("heads", "answers"), values if answering else (values,), strict=False))
-        check_finite(parts["heads"], [unique[row] for row in plan.rows])
-        index = [absent[row] for row in plan.rows]
+
+    def keep(places: Sequence[int], parts: dict[str, np.ndarray]) -> None:
+        index = [absent[place] for place in places]
         for name in found:
             found[name][[rows[i] for i in index]] = parts[name]
             if stores:
                 stores[name].write([wanted[name][i] for i in index], parts[name])
+
+    unique, planned = [examples[rows[i]] for i in absent], [prompts[rows[i]] for i in absent]
+    if answering:
+        plans = plan_batches(planned, batch_size, data_size(lmm.mesh))
+        step = _read_step(lmm.module, lmm.architecture.heads_path, lmm.stop_token_ids, len(options) > 0, max_new_tokens)
+        further = (table, lengths, *(() if edit is None else (edit,)))
+        for plan, values in run_batches(
+            lmm, step, plans, planned, unique, progress=progress, what="prompts", further=lambda _: further
+        ):
+            check_finite(values[0], [unique[row] for row in plan.rows])
+            keep(plan.rows, dict(zip(("heads", "answers"), values, strict=True)))
+    else:
+        shown = [media[rows[i]] for i in absent]
+        every = range(len(planned))
+        for places, values in run_heads(
+            lmm, planned, unique, batch_size, every, shown, progress=progress, what="prompts", edit=edit
+        ):
+            keep(places, {"heads": values})
     present = sorted(set(range(len(rows))).difference(absent))
     for name, store in stores.items():
         store.read_into(found[name], [rows[i] for i in present], [wanted[name][i] for i in present])

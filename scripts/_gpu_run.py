@@ -125,7 +125,7 @@ def compiled_step(lmm: Any, batch: Any, backend: str | None = None) -> tuple[Any
     heads_step.cache_clear()  # a function traced with another back end would be used again
     start = time.perf_counter()
     try:
-        step: Any = heads_step(lmm.module, lmm.architecture.heads_path)
+        step: Any = heads_step(lmm.module)
         compiled = step.lower(lmm.params, batch).compile()
     finally:
         os.environ.pop(OVERRIDE, None)

@@ -116,11 +116,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows: list[int] = []
     original = extract.run_batches
 
-    def spy(lmm: Any, step: Any, plans: Any, *rest: Any, **options: Any) -> Any:
-        rows.extend(len(plan.rows) for plan in plans)
-        return original(lmm, step, plans, *rest, **options)
+    def spy(lmm: Any, step: Any, plans: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
+        rows.extend(sum(max(1, len(prompts[row].reads)) for row in plan.rows) for plan in plans)
+        return original(lmm, step, plans, prompts, *rest, **options)
 
-    monkeypatch.setattr(reading, "run_batches", spy)
+    for module in (extract, reading):
+        monkeypatch.setattr(module, "run_batches", spy)
     return rows
 
 

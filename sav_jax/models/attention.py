@@ -27,19 +27,31 @@ program is traced: set it before the first batch."""
 CHUNK = 1024
 """Queries whose scores exist at a time in the back end ``chunked``."""
 _MASK_BLOCK = 4096  # queries whose mask exists at a time
+CAUSAL_BLOCK = 96
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Grouped-query attention with float32 scores; ``mask`` broadcasts to ``[B, K, G, T, S]``, True where a query may
     look.
     """
-    q = rearrange(q, "b t (k g) h -> b t k g h", k=k.shape[2])
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+    # Heads first, and the queries of a group as rows of one product: else the scores would be transposed, not q. Sums
+    # divide what comes out, ``[T, H]``, and not the weights, ``[T, S]``.
+    group = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == jnp.float32:  # fewer numbers; in half precision the product would be rounded again
+        q, scale = q * scale, 1.0
+    q = rearrange(q, "b t (k g) h -> b k (g t) h", g=group)
+    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32) * scale
     if mask is not None:
         # finfo.min rather than -inf: a row that may look nowhere (padding) stays finite instead of becoming NaN.
+        scores = rearrange(scores, "b k (g t) s -> b k g t s", g=group)
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v), "b t k g h -> b t (k g) h")
+        scores = rearrange(scores, "b k g t s -> b k (g t) s")
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    y = jnp.einsum("BKRS,BKSH->BKRH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return rearrange(y.astype(v.dtype), "b k (g t) h -> b t (k g) h", g=group)
 
 
 def _xla(
@@ -62,22 +74,48 @@ def _xla(
 
 
 def _blocked(
-    q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, lengths: Array | None, offsets: Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    causal: bool,
+    lengths: Array | None,
+    offsets: Array | None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Blocks of queries, each with the keys it can see: half the work of a causal score matrix, and a block of it in
-    memory.
+    memory, which a CPU's caches hold.
     """
-    if not causal or offsets is not None or q.shape[1] <= QUERY_BLOCK:
+    if offsets is not None or (lengths is not None and not causal):
         return _xla(q, k, v, causal, lengths, offsets)
-    blocks = []
-    for start in range(0, q.shape[1], QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, q.shape[1])
-        key_positions = jnp.arange(stop)
-        mask = (key_positions[None, :] <= jnp.arange(start, stop)[:, None])[None, None, None]
-        if lengths is not None:
-            mask = mask & (key_positions[None, :] < lengths[:, None])[:, None, None, None, :]
-        blocks.append(_attend(q[:, start:stop], k[:, :stop], v[:, :stop], mask))
-    return jnp.concatenate(blocks, axis=1)
+    if not causal:
+        starts = range(0, q.shape[1], QUERY_BLOCK)
+        return jnp.concatenate([_attend(q[:, i : i + QUERY_BLOCK], k, v, None) for i in starts], axis=1)
+    # Padding comes last: no real query sees it, whatever the lengths.
+    length, size = q.shape[1], CAUSAL_BLOCK
+    # At most eight groups of blocks see the same keys; those of a group run one after the other, by a loop: XLA would
+    # compute the scores of all before it uses those of any.
+    group = size * max(1, -(-length // (8 * size)))
+    results = []
+    for start in range(0, length, group):
+        stop = min(start + group, length)
+        count = -(-(stop - start) // size)
+        cut = ((0, 0), (0, count * size - (stop - start) if count > 1 else 0))
+        own = None if segments is None else jnp.pad(segments[:, start:stop], cut)
+        queries = jnp.pad(q[:, start:stop], (*cut, (0, 0), (0, 0)))
+
+        def block(queries: jax.Array, own: jax.Array | None, at: jax.Array | int, stop: int = stop) -> jax.Array:
+            mask = (jnp.arange(stop)[None, :] <= (at + jnp.arange(queries.shape[1]))[:, None])[None]
+            if segments is not None and own is not None:
+                mask = mask & _visible(own, segments[:, :stop])
+            return _attend(queries, k[:, :stop], v[:, :stop], mask[:, None, None])
+
+        if count == 1:
+            results.append(block(queries, own, start))
+            continue
+        parts = jax.tree.map(lambda x, n=count: rearrange(x, "b (n t) ... -> n b t ...", n=n), (queries, own))
+        y = jax.lax.map(lambda part, block=block: block(*part), (*parts, start + size * jnp.arange(count)))
+        results.append(rearrange(y, "n b t m h -> b (n t) m h")[:, : stop - start])
+    return jnp.concatenate(results, axis=1)
 
 
 def _chunked(
@@ -225,6 +263,7 @@ def attention(
     causal: bool,
     lengths: Array | None = None,
     offsets: Array | None = None,
+    segments: Array | None = None,
     backend: str | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v for every head.
@@ -235,6 +274,7 @@ def attention(
         causal: query t sees keys 0..t (T and S start together).
         lengths: int32 ``[B]`` keys that are real, the first of each row; None means all.
         offsets: int32 ``[B]``; with causal, query t of row b stands at key ``offsets[b] + t`` (a cache before it).
+        segments: int32 ``[B, S]``; with causal and without offsets, a query sees the keys of segment 0 and of its own.
         backend: a name in ``BACKENDS``; None picks what the environment variable ``SAV_JAX_ATTENTION`` names, else the
             one measured best on the platform: the default one, unless :func:`compiling_for` says otherwise. What a
             back end does not take (see :func:`cudnn_takes`) is computed by one that does.
@@ -242,6 +282,8 @@ def attention(
     Returns:
         ``[B, T, N, H]`` in v's dtype. Rows at padded queries are finite and meaningless.
     """
+    if segments is not None:
+        return _blocked(q, k, v, causal, lengths, offsets, jnp.asarray(segments))
     return BACKENDS[backend or _chosen()](q, k, v, causal, lengths, offsets)
 
 
@@ -251,6 +293,31 @@ def _chosen() -> str:
     if name not in BACKENDS:
         raise UserError(f"{OVERRIDE}={name} is not one of {', '.join(BACKENDS)}")
     return name
+
+
+def attention_at(
+    q: jax.Array, k: jax.Array, v: jax.Array, places: jax.Array, segments: Array | None = None
+) -> jax.Array:
+    """Causal attention of a few queries.
+
+    Args:
+        q: ``[B, R, N, H]``.
+        k, v: ``[B, S, K, H]``.
+        places: int32 ``[B, R]``: query r of row b sees keys 0..places[b, r].
+        segments: int32 ``[B, S]``, see :func:`attention`.
+
+    Returns:
+        ``[B, R, N, H]`` in v's dtype.
+    """
+    mask = jnp.arange(k.shape[1])[None, None, :] <= places[:, :, None]
+    if segments is not None:
+        mask = mask & _visible(jnp.take_along_axis(jnp.asarray(segments), places, axis=1), jnp.asarray(segments))
+    return _attend(q, k, v, mask[:, None, None])
+
+
+def _visible(own: jax.Array, keys: jax.Array) -> jax.Array:
+    """Segments of queries ``[B, T]`` and of keys ``[B, S]`` -> bool ``[B, T, S]``: the own one, and the beginning."""
+    return (keys == 0)[:, None, :] | (keys[:, None, :] == own[:, :, None])
 
 
 def segment_attention(

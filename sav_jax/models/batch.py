@@ -36,6 +36,8 @@ class Batch:
         virtual_tokens: float ``[B, M, D]`` vectors that stand in for embeddings of tokens, or None.
         virtual_index: int32 ``[B, T]`` which of them stands at each position, -1 where a real token does; None if
             ``virtual_tokens`` is.
+        segments: int32 ``[B, T]`` of rows that hold several prompts with the same beginning: 0 there and from 1 on in
+            what follows. A token sees the beginning and its own segment. None: rows are one prompt each.
     """
 
     token_ids: Array
@@ -48,3 +50,4 @@ class Batch:
     positions: Array | None = None
     virtual_tokens: Array | None = None
     virtual_index: Array | None = None
+    segments: Array | None = None

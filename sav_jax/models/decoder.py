@@ -23,7 +23,7 @@ from flax import linen as nn
 from flax import struct
 
 from sav_jax.errors import UserError
-from sav_jax.models.attention import attention
+from sav_jax.models.attention import attention, attention_at
 from sav_jax.models.batch import Array
 from sav_jax.models.intervention import HeadEdit, LayerEdit, edited, tokens_at
 from sav_jax.models.layers import ACTIVATIONS, Projection, RMSNorm, rotary_angles, rotate, scanned
@@ -222,6 +222,7 @@ class Context:
         deepstack: visual features added to the outputs of the first layers, ``[J, B, T, D]`` (Qwen3-VL), or None.
         query_scale: float32 ``[B, T]`` what queries are multiplied by, or None.
         edited_tokens: bool ``[B, T]`` where head outputs are changed (``models/intervention.py``), or None.
+        segments: int32 ``[B, T]``, see :class:`sav_jax.models.batch.Batch`, or None.
     """
 
     angles: tuple[jax.Array, jax.Array]
@@ -231,15 +232,28 @@ class Context:
     deepstack: jax.Array | None = None
     query_scale: jax.Array | None = None
     edited_tokens: Array | None = None
+    segments: Array | None = None
+
+    def at_read(self) -> Context:
+        """Angles, scales and edited tokens at the positions read, ``[B, R, ...]``."""
+        angles, scale, tokens = jax.tree.map(
+            lambda x: read_at(jnp.asarray(x), self.read_positions), (self.angles, self.query_scale, self.edited_tokens)
+        )
+        return self.replace(angles=angles, query_scale=scale, edited_tokens=tokens)  # type: ignore[attr-defined]
 
 
 LayerCache: TypeAlias = tuple[jax.Array, jax.Array] | None
 
 
 class SelfAttention(nn.Module):
-    """Causal grouped-query attention; sows ``head_outputs`` ``[B, R, N, H]``, what enters the output projection."""
+    """Causal grouped-query attention; sows ``head_outputs`` ``[B, R, N, H]``, what enters the output projection.
+
+    Attributes:
+        heads_only: compute the queries that are read alone, and nothing behind the heads.
+    """
 
     config: DecoderConfig
+    heads_only: bool = False
 
     @nn.compact
     def __call__(
@@ -247,33 +261,46 @@ class SelfAttention(nn.Module):
     ) -> tuple[jax.Array, LayerCache]:
         c = self.config
         bias_axes = 2 if c.qkv_bias else 0
+        read = self.heads_only
+        asking = read_at(x, context.read_positions) if read else x
         if c.fused_qkv:
             shape = c.hidden_size, 3, c.num_heads, c.head_dim
             qkv = Projection("BTD,DANH->BTANH", shape, bias_axes and 3, name="qkv")(x)
             q, k, v = (qkv[:, :, i] for i in range(3))
+            q = read_at(q, context.read_positions) if read else q
         else:
-            q = Projection("BTD,DNH->BTNH", (c.hidden_size, c.num_heads, c.head_dim), bias_axes, name="q_proj")(x)
+            q = Projection("BTD,DNH->BTNH", (c.hidden_size, c.num_heads, c.head_dim), bias_axes, name="q_proj")(asking)
             k = Projection("BTD,DKH->BTKH", (c.hidden_size, c.num_kv_heads, c.head_dim), bias_axes, name="k_proj")(x)
             v = Projection("BTD,DKH->BTKH", (c.hidden_size, c.num_kv_heads, c.head_dim), bias_axes, name="v_proj")(x)
         if c.qk_norm:
             q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
-        q, k = rotate(q, context.angles), rotate(k, context.angles)
-        if context.query_scale is not None:
-            q = q * context.query_scale[:, :, None, None].astype(q.dtype)
+        at = context.at_read() if read else context
+        q, k = rotate(q, at.angles), rotate(k, context.angles)
+        if at.query_scale is not None:
+            q = q * at.query_scale[:, :, None, None].astype(q.dtype)
         if cache is not None:
             start = jnp.zeros(x.shape[0], jnp.int32) if context.offsets is None else context.offsets
             cache = _append(cache[0], k, start), _append(cache[1], v, start)
-        if cache is None or context.offsets is None:
-            heads = attention(q, k, v, causal=True, lengths=context.lengths)
+        if read:
+            keys, values = (k, v) if cache is None else (part.astype(v.dtype) for part in cache)
+            places = jnp.asarray(context.read_positions)
+            if context.offsets is not None:
+                places = places + context.offsets[:, None]
+            heads = attention_at(q, keys, values, places, context.segments)
+        elif cache is None or context.offsets is None:
+            heads = attention(q, k, v, causal=True, lengths=context.lengths, segments=context.segments)
         else:
             # A query sees the cache and the new tokens up to its own: all of them real when the query is.
             keys, values = (part.astype(v.dtype) for part in cache)
             heads = attention(q, keys, values, causal=True, offsets=context.offsets)
-        if edit is not None and context.edited_tokens is not None:
-            heads = edited(heads, edit, context.edited_tokens)
+        if edit is not None and at.edited_tokens is not None:
+            heads = edited(heads, edit, at.edited_tokens)
         # Sliced here, inside the scan, so that memory is L*B*R*N*H and not L*B*T*N*H. The reducer keeps the array
         # itself, not a tuple of it.
-        self.sow("intermediates", "head_outputs", read_at(heads, context.read_positions), reduce_fn=lambda _, new: new)
+        taken = heads if read else read_at(heads, context.read_positions)
+        self.sow("intermediates", "head_outputs", taken, reduce_fn=lambda _, new: new)
+        if read:
+            return x, cache
         return Projection("BTNH,NHD->BTD", (c.num_heads, c.head_dim, c.hidden_size), name="o_proj")(heads), cache
 
 
@@ -293,9 +320,14 @@ class FeedForward(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention and feed-forward with residuals, ``[B, T, D] -> [B, T, D]``; shaped for ``nn.scan``."""
+    """Attention and feed-forward with residuals, ``[B, T, D] -> [B, T, D]``; shaped for ``nn.scan``.
+
+    Attributes:
+        heads_only: stop at the heads; what is returned as hidden states means nothing.
+    """
 
     config: DecoderConfig
+    heads_only: bool = False
 
     @nn.compact
     def __call__(
@@ -303,7 +335,9 @@ class DecoderBlock(nn.Module):
     ) -> tuple[jax.Array, LayerCache]:
         eps = self.config.rms_norm_eps
         normed = RMSNorm(eps, name="input_layernorm")(x)
-        y, cache = SelfAttention(self.config, name="self_attn")(normed, context, cache, edit)
+        y, cache = SelfAttention(self.config, self.heads_only, name="self_attn")(normed, context, cache, edit)
+        if self.heads_only:
+            return y, cache
         x = x + y
         x = x + FeedForward(self.config, name="mlp")(RMSNorm(eps, name="post_attention_layernorm")(x))
         if context.deepstack is not None:
@@ -354,11 +388,76 @@ class Decoder(nn.Module):
         Returns:
             ``[B, T, D]`` after the final norm, and the cache with these tokens appended (None if none was given).
         """
+        context, layer_edits, prompt_lengths = self._context(
+            x.shape[1], lengths, read_positions, positions, cache, deepstack, edit
+        )
+        layers = jnp.arange(self.config.num_layers)
+        layer_caches = None if cache is None else (cache.keys, cache.values)
+        x, layer_caches = self.layers(x, layers, layer_caches, layer_edits, context)
+        if cache is not None and layer_caches is not None:
+            keys, values = layer_caches
+            cache = KVCache(keys, values, cache.lengths + lengths, prompt_lengths=prompt_lengths)
+        return self.norm(x), cache
+
+    def heads(
+        self,
+        x: jax.Array,
+        lengths: Array,
+        read_positions: Array,
+        positions: Array | None = None,
+        cache: KVCache | None = None,
+        deepstack: jax.Array | None = None,
+        edit: HeadEdit | None = None,
+        segments: Array | None = None,
+    ) -> jax.Array:
+        """Head outputs alone: nothing behind those of the last layer is computed, nor what other positions ask there.
+
+        Args:
+            x, lengths, read_positions, positions, cache, deepstack, edit: as for a call. Parameters may hold more
+                layers than the config has: those behind the last are not touched.
+            segments: int32 ``[B, T]`` of rows of several prompts (not with a cache), or None.
+
+        Returns:
+            ``[L, B, R, N, H]``.
+        """
+        context, layer_edits, _ = self._context(x.shape[1], lengths, read_positions, positions, cache, deepstack, edit)
+        context = context.replace(segments=segments)  # type: ignore[attr-defined]
+        stacked = {name: tree for name, tree in self.layers.variables.items() if name != "intermediates"}
+        caches = None if cache is None else (cache.keys, cache.values)
+        last = self.config.num_layers - 1
+
+        def run(x: jax.Array, layer: Any, heads_only: bool) -> tuple[jax.Array, jax.Array]:
+            # By index, as a slice of the stacked parameters would be a copy of nearly all of them.
+            own = jax.tree.map(
+                lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), (stacked, caches, layer_edits)
+            )
+            block = DecoderBlock(self.config, heads_only, parent=None)
+            variables, layer_cache, layer_edit = own
+            output: Any = block.apply(variables, x, layer, layer_cache, layer_edit, context, mutable=["intermediates"])
+            (x, _), state = output
+            return x, state["intermediates"]["self_attn"]["head_outputs"]
+
+        x, heads = jax.lax.scan(lambda x, layer: run(x, layer, False), x, jnp.arange(last))
+        return jnp.concatenate([heads, run(x, jnp.int32(last), True)[1][None]])
+
+    def _context(
+        self,
+        tokens: int,
+        lengths: Array,
+        read_positions: Array,
+        positions: Array | None,
+        cache: KVCache | None,
+        deepstack: jax.Array | None,
+        edit: HeadEdit | None,
+    ) -> tuple[Context, LayerEdit | None, Array | None]:
+        """What all layers are given, what is changed in each, and the prompts' lengths where the rotary base depends
+        on them.
+        """
         c = self.config
         offsets = None if cache is None or cache.fresh else cache.lengths
         if positions is None:
-            start = jnp.zeros(x.shape[0], jnp.int32) if offsets is None else offsets
-            positions = start[:, None] + jnp.arange(x.shape[1])[None, :]
+            start = jnp.zeros(lengths.shape[0], jnp.int32) if offsets is None else offsets
+            positions = start[:, None] + jnp.arange(tokens)[None, :]
         if c.rope_axes is not None and positions.ndim == 2:
             positions = jnp.broadcast_to(positions[:, :, None], (*positions.shape, 3))
         theta: float | jax.Array = c.rope_theta
@@ -371,7 +470,7 @@ class Decoder(nn.Module):
         layer_edits, edited_tokens = None, None
         if edit is not None:
             layer_edits = LayerEdit(edit.keep, edit.add)
-            edited_tokens = tokens_at(read_positions, x.shape[1]) if edit.tokens is None else edit.tokens
+            edited_tokens = tokens_at(read_positions, tokens) if edit.tokens is None else edit.tokens
         context = Context(
             angles=rotary_angles(positions, c.head_dim, theta, c.rope_axes),
             lengths=lengths,
@@ -381,12 +480,7 @@ class Decoder(nn.Module):
             query_scale=log_n_scale(positions, c.trained_length) if c.log_n else None,
             edited_tokens=edited_tokens,
         )
-        layer_caches = None if cache is None else (cache.keys, cache.values)
-        x, layer_caches = self.layers(x, jnp.arange(c.num_layers), layer_caches, layer_edits, context)
-        if cache is not None and layer_caches is not None:
-            keys, values = layer_caches
-            cache = KVCache(keys, values, cache.lengths + lengths, prompt_lengths=prompt_lengths)
-        return self.norm(x), cache
+        return context, layer_edits, prompt_lengths
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """``[B, T, D]`` normalised hidden states -> float32 ``[B, T, V]``."""

@@ -100,6 +100,18 @@ class MultimodalModel(nn.Module):
         at = hidden if logits == "all" else read_at(hidden, batch.read_positions)
         return Output(hidden, self.language_model.logits(at), cache)
 
+    def heads(self, batch: Batch, cache: KVCache | None = None, edit: HeadEdit | None = None) -> jax.Array:
+        """Head outputs ``[L, B, R, N, H]`` at ``batch.read_positions``, and nothing that they do not need
+        (:meth:`sav_jax.models.decoder.Decoder.heads`).
+
+        Args:
+            batch, cache, edit: as for a call.
+        """
+        x, deepstack = self.embed(batch)
+        return self.language_model.heads(
+            x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack, edit, batch.segments
+        )
+
 
 def gather_visual(table: jax.Array, batch: Batch) -> jax.Array:
     """Weighted sums of the rows of each prompt's table ``[B, M, D]`` at its visual tokens, zero at text: ``[B, T,

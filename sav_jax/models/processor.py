@@ -43,6 +43,9 @@ class Prompt:
         positions: int32 ``[T, 3]`` rotary positions, or None to count tokens.
         virtual_index: int32 ``[T]`` which of the prompt's virtual tokens stands at each position, -1 where a real one
             does; None if it has none. Their values come later, as pixels do.
+        segments: int32 ``[T]`` of several prompts in one sequence (``sav_jax/packing.py``), see
+            :class:`sav_jax.models.batch.Batch`; None if it is one. ``positions`` may then be ``[T]``.
+        reads: where each of them ends; of a single one, nothing: it is read at its last token.
     """
 
     token_ids: np.ndarray
@@ -52,6 +55,8 @@ class Prompt:
     vision: Mapping[str, np.ndarray] = field(default_factory=dict)
     positions: np.ndarray | None = None
     virtual_index: np.ndarray | None = None
+    segments: np.ndarray | None = None
+    reads: tuple[int, ...] = ()
 
     @property
     def num_virtual(self) -> int:

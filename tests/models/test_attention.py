@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sav_jax.models.attention
 from sav_jax.errors import UserError
-from sav_jax.models.attention import BACKENDS, OVERRIDE, QUERY_BLOCK, compiling_for
+from sav_jax.models.attention import BACKENDS, CAUSAL_BLOCK, OVERRIDE, QUERY_BLOCK, compiling_for
 
 # Compiled: one by one, the operations of every shape would be, too.
 attention = jax.jit(sav_jax.models.attention.attention, static_argnames=("causal", "backend"))
@@ -41,13 +41,18 @@ def test_equals_pytorch(backend: str, causal: bool, heads: tuple[int, int]) -> N
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("length", [QUERY_BLOCK - 1, QUERY_BLOCK, 2 * QUERY_BLOCK + 37])
-def test_blocks_change_nothing(length: int) -> None:
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [CAUSAL_BLOCK, 2 * QUERY_BLOCK + 37, 10 * CAUSAL_BLOCK + 5])
+def test_blocks_change_nothing(length: int, causal: bool) -> None:
+    """One block; several; several groups of several."""
     q, k, v = arrays(length, 6, 2)
-    lengths = jnp.array([length, length // 2])
-    whole = attention(q, k, v, causal=True, lengths=lengths, backend="xla")
-    blocked = attention(q, k, v, causal=True, lengths=lengths, backend="blocked")
-    np.testing.assert_allclose(blocked, whole, rtol=0, atol=5e-6)
+    lengths = jnp.array([length, length // 2]) if causal else None
+    whole = attention(q, k, v, causal=causal, lengths=lengths, backend="xla")
+    blocked = attention(q, k, v, causal=causal, lengths=lengths, backend="blocked")
+    assert bool(jnp.isfinite(blocked).all())
+    real = length // 2 if causal else length
+    np.testing.assert_allclose(blocked[0], whole[0], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(blocked[1, :real], whole[1, :real], rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

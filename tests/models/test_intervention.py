@@ -236,7 +236,7 @@ def test_after_a_prefix_every_token_is_changed(lmm: sav_jax.LMM) -> None:
 
 def test_without_an_edit_nothing_of_it_is_compiled(lmm: sav_jax.LMM, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = batch_of(lmm, EXAMPLES)
-    step: Any = heads_step.__wrapped__(lmm.module, lmm.architecture.heads_path)  # not the one that is compiled already
+    step: Any = heads_step.__wrapped__(lmm.module)  # not the one that is compiled already
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("edited")
