@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +17,7 @@ from sav_jax import _planning, cli
 from sav_jax import _training_options as training_options
 from sav_jax._compiling import counted, keep_programs
 from sav_jax._files import check_output_file, check_output_folder, write_file
-from sav_jax._options import Running
+from sav_jax._options import Devices, Running
 from sav_jax._processes import by_the_first, start
 from sav_jax._tpu import leave_tpus_alone
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
@@ -51,17 +53,27 @@ def run(options: Any) -> None:
         cli.Compare: _compare,
         cli.Report: _report,
     }
-    running = getattr(options, "running", None)  # not of the commands that run no model
-    if running is None:
+    devices = getattr(getattr(options, "recipe", options), "devices", None)
+    if devices is not None:
+        _join(devices)
+    with contextlib.ExitStack() as stack:
+        if jax.distributed.is_initialized() and jax.process_index() != 0:  # the first speaks for all
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if (running := getattr(options, "running", None)) is not None:
+            keep_programs(_cache_dir(running))
+            stack.enter_context(counted())
         commands[type(options)](options)
-        return
-    keep_programs(_cache_dir(running))
-    with counted():
-        commands[type(options)](options)
+
+
+def _join(devices: Devices) -> None:
+    if devices.distributed or devices.coordinator is not None:
+        start(devices.coordinator, devices.num_processes, devices.process_id)
+    elif devices.num_processes is not None or devices.process_id is not None:
+        raise UserError("--num-processes and --process-id need --coordinator HOST:PORT")
 
 
 def _fit(options: cli.Fit) -> None:
-    check_output_folder(options.output, "classifier.json")
+    by_the_first(lambda: check_output_folder(options.output, "classifier.json"))
     frames = options.running.frames or DEFAULT_FRAMES
     examples = read_examples(options.train, options.question, require_labels=True, frames=frames)
     labels = [str(example.label) for example in examples]
@@ -72,7 +84,7 @@ def _fit(options: cli.Fit) -> None:
     if options.shots_per_class is not None:
         chosen = choose_shots(labels, options.shots_per_class, options.seed)
         examples, labels = [examples[i] for i in chosen], [labels[i] for i in chosen]
-    lmm = _load(options.model, options.running.dtype)
+    lmm = _load(options.model, options.running.dtype, mesh=options.devices.mesh)
     _check_heads(lmm, options.num_heads, options.max_layer)
     heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
     classifier = SparseAttentionVectors.fit(
@@ -90,7 +102,7 @@ def _fit(options: cli.Fit) -> None:
             "frames": frames if any(example.videos for example in examples) else None,
         },
     )
-    classifier.save(options.output)
+    by_the_first(lambda: classifier.save(options.output))
     print(_summary(classifier, options.output))
 
 
@@ -108,7 +120,8 @@ def _predict(options: cli.Predict) -> None:
     wanted = f"{options.classifier} was made with {made_with['name']} (fingerprint {made_with['fingerprint'][:12]})"
     name, dtype = options.model or made_with["name"], options.running.dtype or made_with["dtype"]
     try:
-        lmm = _load(name, dtype, classifier.num_layers)  # layers above the deepest selected head are not even loaded
+        # Layers above the deepest selected head are not even loaded.
+        lmm = _load(name, dtype, classifier.num_layers, options.devices.mesh)
     except UserError as error:
         hint = "" if options.model else "; say where that model is with --model"
         raise UserError(f"{name}: {error}; {wanted}{hint}") from None
@@ -130,18 +143,18 @@ def _predict(options: cli.Predict) -> None:
     if options.output == "-":
         sys.stdout.write(text)
     else:
-        write_file(options.output, text.encode())
+        by_the_first(lambda: write_file(options.output, text.encode()))
     report = _accuracy(classifier, examples, predictions)
     print(report, file=sys.stderr if options.output == "-" else sys.stdout)
 
 
 def _extract(options: cli.Extract) -> None:
-    check_head_array_path(options.output)
+    by_the_first(lambda: check_head_array_path(options.output))
     examples = read_examples(options.data, options.question, frames=options.running.frames or DEFAULT_FRAMES)
-    lmm = _load(options.model, options.running.dtype, options.num_layers)
+    lmm = _load(options.model, options.running.dtype, options.num_layers, options.devices.mesh)
     heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
     rows = [{"id": example.id, "label": example.label} for example in examples]
-    write_head_array(options.output, heads, rows, {"model": _model_facts(lmm)})
+    by_the_first(lambda: write_head_array(options.output, heads, rows, {"model": _model_facts(lmm)}))
     print(f"{options.output}: heads {list(heads.shape)} float32 = [examples, layers, heads, head_dim]")
 
 
@@ -167,7 +180,7 @@ def _eval(options: cli.Eval) -> None:
         tasks = find_tasks(options.tasks)
     local_model(options.model)  # a wrong name is no news after an hour of methods that need no model
     evaluate(
-        lambda: _load(options.model, options.running.dtype),
+        lambda: _load(options.model, options.running.dtype, mesh=options.devices.mesh),
         tasks,
         _choose("method", options.methods, METHODS),
         Plan(
@@ -196,11 +209,6 @@ def _eval(options: cli.Eval) -> None:
 
 
 def _train(options: training_options.Train) -> None:
-    devices = options.recipe.devices
-    if devices.distributed or devices.coordinator is not None:
-        start(devices.coordinator, devices.num_processes, devices.process_id)
-    elif devices.num_processes is not None or devices.process_id is not None:
-        raise UserError("--num-processes and --process-id need --coordinator HOST:PORT")
     if isinstance(options.recipe, training_options.Aim):
         _train_aim(options.recipe)
         return

@@ -47,8 +47,8 @@ class Devices:
     weights, 'model' the work of every layer; such as fsdp=4,model=4."""
 
     distributed: tyro.conf.FlagCreatePairsOff[bool] = False
-    """One of several processes that run the same command. On a Cloud TPU pod, under SLURM and under Open MPI they find
-    each other; elsewhere give the three options that follow."""
+    """One of several processes that run the same command over the same files. On a Cloud TPU pod, under SLURM and under
+    Open MPI they find each other; elsewhere give the three options that follow."""
 
     coordinator: Annotated[str | None, optional("HOST:PORT", "found out")] = None
     """Where process 0 can be reached by all, a free port of it; implies --distributed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,32 @@ def by_the_first(work: Callable[[], object]) -> None:
     told = np.asarray(multihost_utils.broadcast_one_to_all(message)).astype(np.uint8)
     if told.any():
         raise UserError(told.tobytes().rstrip(b"\0").decode(errors="ignore"))
+
+
+def known_by_all(places: Sequence[int], number: int) -> list[int]:
+    """What process 0 has found among 0 ... ``number`` - 1, in every process: each has looked at a moment of its own."""
+    if jax.process_count() == 1:
+        return list(places)
+    from jax.experimental import multihost_utils
+
+    found = np.zeros(number, bool)
+    found[list(places)] = True
+    return np.flatnonzero(np.asarray(multihost_utils.broadcast_one_to_all(found))).tolist()
+
+
+def share(number: int) -> slice:
+    """Which of so many pieces of work, that any process could do, this one does."""
+    return slice(
+        jax.process_index() * number // jax.process_count(), (jax.process_index() + 1) * number // jax.process_count()
+    )
+
+
+def wait_for_all(moment: str) -> None:
+    """Until every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(moment)
 
 
 def gathered(tree: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sav_jax._options import Running, optional
+from sav_jax._options import Devices, Running, optional
 from sav_jax._training_options import Ask, Plan, Train
 from sav_jax.errors import UserError
 
@@ -60,6 +60,8 @@ class Fit:
 
     running: Running = field(default_factory=Running)
 
+    devices: Devices = field(default_factory=Devices)
+
 
 @dataclass(frozen=True)
 class Predict:
@@ -81,6 +83,8 @@ class Predict:
 
     running: Running = field(default_factory=Running)
 
+    devices: Devices = field(default_factory=Devices)
+
 
 @dataclass(frozen=True)
 class Extract:
@@ -101,6 +105,8 @@ class Extract:
     """Run only the first so many layers of the model."""
 
     running: Running = field(default_factory=Running)
+
+    devices: Devices = field(default_factory=Devices)
 
 
 @dataclass(frozen=True)
@@ -181,6 +187,8 @@ class Eval:
     """Write every single answer to samples_TASK.jsonl: 'compare' and 'report' read them."""
 
     running: Running = field(default_factory=Running)
+
+    devices: Devices = field(default_factory=Devices)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
+from sav_jax._processes import gathered, known_by_all, share, wait_for_all
 from sav_jax.batching import BatchPlan, assemble, plan_batches
 from sav_jax.errors import UserError
 from sav_jax.examples import Example
@@ -31,7 +33,7 @@ from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
 from sav_jax.packing import Pack, pack
-from sav_jax.sharding import data_size, on, put_batch
+from sav_jax.sharding import data_size, on, own_rows, put_own_rows
 
 _FEATURE_VERSION = "heads 1"
 """Part of every cache key; raised when the meaning or the numbers of the features change."""
@@ -78,7 +80,9 @@ def extract_heads(
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     rows = sorted(first.values())
     store = HeadStore.open(cache) if isinstance(cache, (str, Path)) else cache
-    absent = set(range(len(rows))) if store is None else set(store.missing([keys[row] for row in rows]))
+    absent = set(range(len(rows)))
+    if store is not None:
+        absent = set(known_by_all(store.missing([keys[row] for row in rows]), len(rows)))
     heads = np.zeros((len(keys), *lmm.heads_shape), np.float32)
     shown = [media[row] for row in rows] if reuse_images else None
     unique = [examples[row] for row in rows]
@@ -91,8 +95,10 @@ def extract_heads(
         index = [index[i] for i in new]
         heads[[rows[i] for i in index]] = values[new]
         if store is not None:
-            store.write([keys[rows[i]] for i in index], values[new])
+            own = share(len(new))
+            store.write([keys[rows[i]] for i in index[own]], values[new][own])
     if store is not None:
+        wait_for_all("heads are stored")
         present = [i for i in range(len(rows)) if i not in absent]
         store.read_into(heads, [rows[i] for i in present], [keys[rows[i]] for i in present])
     return repeated(heads, keys, first)
@@ -287,7 +293,8 @@ def run_batches(
     """Run ``step(params, batch, *further(plan))`` on every plan.
 
     Images and videos of the next batches are decoded by a thread while the device computes, and a result is fetched
-    only after the next batch has been dispatched.
+    only after the next batch has been dispatched. Of several processes each decodes the rows of its own devices; all
+    take the same steps and get every result whole.
 
     Yields:
         Each plan, in order, with the step's result for its real rows: arrays of the same structure, on the host.
@@ -297,9 +304,16 @@ def run_batches(
     """
 
     def host_batch(plan: BatchPlan) -> Batch:
-        chosen = [examples[row] for row in plan.rows]
-        pixels = [lmm.processor.pixels(example.load_images(), example.load_videos()) for example in chosen]
-        return assemble(plan, prompts, pixels, [example.virtual_tokens() for example in chosen])
+        filled = [*plan.rows, *[plan.rows[0]] * (plan.size - len(plan.rows))]
+        if jax.process_count() > 1:
+            own = tuple(filled[own_rows(lmm.mesh, plan.size)])
+            plan = replace(plan, rows=own, size=len(own))
+        pixels, virtual = {}, {}
+        for row in plan.rows:
+            if row not in pixels:
+                pixels[row] = lmm.processor.pixels(examples[row].load_images(), examples[row].load_videos())
+                virtual[row] = examples[row].virtual_tokens()
+        return assemble(plan, prompts, [pixels[row] for row in plan.rows], [virtual[row] for row in plan.rows])
 
     def number_of(plan: BatchPlan) -> int:
         return sum(max(1, len(prompts[row].reads)) for row in plan.rows)
@@ -328,13 +342,13 @@ def run_batches(
                     prepared.clear()
                 else:
                     with on(lmm.mesh):
-                        running.append((plan, step(lmm.params, put_batch(batch, lmm.mesh), *further(plan))))
+                        running.append((plan, step(lmm.params, put_own_rows(batch, lmm.mesh), *further(plan))))
                     if (following := next(upcoming, None)) is not None:
                         prepared.append((following, pool.submit(host_batch, following)))
             if len(running) > 1 or (running and not prepared):
                 plan, result = running.popleft()
                 rows = len(plan.rows)
-                yield plan, jax.tree.map(lambda x, rows=rows: np.asarray(x)[:rows], result)
+                yield plan, jax.tree.map(lambda x, rows=rows: x[:rows], gathered(result))
                 bar.update(number_of(plan))
         if unreadable is not None:
             raise unreadable

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from sav_jax._processes import known_by_all, share, wait_for_all
 from sav_jax.batching import plan_batches
 from sav_jax.examples import Example
 from sav_jax.extract import (
@@ -123,14 +124,15 @@ def read(
     if answering:
         found["answers"] = np.zeros((len(keys), 1, 1, width), np.float32)
 
-    absent = range(len(rows)) if not stores else _absent(stores, wanted)
+    absent = range(len(rows)) if not stores else known_by_all(_absent(stores, wanted), len(rows))
 
     def keep(places: Sequence[int], parts: dict[str, np.ndarray]) -> None:
         index = [absent[place] for place in places]
         for name in found:
             found[name][[rows[i] for i in index]] = parts[name]
             if stores:
-                stores[name].write([wanted[name][i] for i in index], parts[name])
+                own = share(len(index))
+                stores[name].write([wanted[name][i] for i in index[own]], parts[name][own])
 
     unique, planned = [examples[rows[i]] for i in absent], [prompts[rows[i]] for i in absent]
     if answering:
@@ -149,6 +151,7 @@ def read(
             lmm, planned, unique, batch_size, every, shown, progress=progress, what="prompts", edit=edit
         ):
             keep(places, {"heads": values})
+    wait_for_all("answers are stored")
     present = sorted(set(range(len(rows))).difference(absent))
     for name, store in stores.items():
         store.read_into(found[name], [rows[i] for i in present], [wanted[name][i] for i in present])

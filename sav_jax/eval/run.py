@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sav_jax._files import check_output_folder, write_folder
+from sav_jax._processes import by_the_first
 from sav_jax.errors import UserError
 from sav_jax.eval.disagreements import disagreements
 from sav_jax.eval.features import Features, Reader, Universe
@@ -117,7 +118,7 @@ def evaluate(
     Raises:
       UserError: for bad input; nothing is then written.
     """
-    check_output_folder(output)
+    by_the_first(lambda: check_output_folder(output))
     _check(plan, methods, tasks)
     began, start = datetime.datetime.now(datetime.UTC), time.perf_counter()
     reader = Reader(load, plan.batch_size, plan.cache)
@@ -181,11 +182,7 @@ def evaluate(
         passes["demonstrations"] = reader.demonstration_passes
     extra = {"passes": passes, "disagreements": strangest}
     files["results.json"] = results_json(summaries, config, _model_facts(reader), timing, extra, groups or {})
-    former = [*output.glob("samples_*.jsonl"), *output.glob("heads_*.png")] if output.is_dir() else []
-    write_folder(output, files)
-    for file in former:  # of an earlier run, whose results.json is no more
-        if file.name not in files:
-            file.unlink(missing_ok=True)
+    by_the_first(lambda: _write(output, files))
     print(table(summaries))
     for summary in summaries:
         if summary.method.name == "sav":
@@ -201,6 +198,14 @@ def evaluate(
     kept = [name for name in files if not name.startswith("images/")]
     print(f"written to {output}: {', '.join(kept)}")
     return summaries
+
+
+def _write(output: Path, files: Mapping[str, bytes]) -> None:
+    former = [*output.glob("samples_*.jsonl"), *output.glob("heads_*.png")] if output.is_dir() else []
+    write_folder(output, files)
+    for file in former:  # of an earlier run, whose results.json is no more
+        if file.name not in files:
+            file.unlink(missing_ok=True)
 
 
 def _model_facts(reader: Reader) -> dict[str, Any]:
