@@ -261,7 +261,7 @@ class AimData:
 
     def names(self, step: int) -> str:
         """The documents of a step, for error messages."""
-        return ", ".join(self.documents[row][0].source or str(row) for row, _ in self.plans[step].rows)
+        return "; ".join(self.documents[row][0].source or str(row) for row, _ in self.plans[step].rows)
 
     def _plan(self, row: int, pair: int) -> tuple[Prompt, np.ndarray]:
         return plan_demonstration(self.lmm.processor, self.documents[row][pair], self.layout)

@@ -158,7 +158,7 @@ class ChatData:
 
     def names(self, step: int) -> str:
         """The conversations of a step, for error messages."""
-        return ", ".join(self.chats[row].source or str(row) for row, _ in self.plans[step].rows)
+        return "; ".join(self.chats[row].source or str(row) for row, _ in self.plans[step].rows)
 
     def __getitem__(self, step: int) -> LessonBatch:
         """This process's rows of a step, as host arrays."""

@@ -237,7 +237,7 @@ def _finite(metrics: Mapping[str, jax.Array], step: int, data: Data) -> dict[str
     values = {name: float(value) for name, value in metrics.items()}
     for name, value in values.items():
         if not np.isfinite(value):
-            raise UserError(f"step {step}: {name.replace('_', ' ')} is {value}; its rows: {data.names(step)}")
+            raise UserError(f"step {step + 1}: {name.replace('_', ' ')} is {value}; its rows: {data.names(step)}")
     return values
 
 

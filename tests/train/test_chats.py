@@ -172,6 +172,9 @@ def test_images_stand_where_the_rows_put_them(lmm: sav_jax.LMM, tmp_path: Path) 
     assert read_chats(tmp_path / "rows.jsonl")[0].turns == (Turn("user", "What?"), Turn("assistant", "cat"))
 
 
+GOOD = said("a", "b")
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
@@ -181,7 +184,15 @@ def test_images_stand_where_the_rows_put_them(lmm: sav_jax.LMM, tmp_path: Path) 
             "turn 1: human and gpt",
         ),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "speaker 'robot' is not known"),
-        ({"conversations": [{"from": "human"}]}, "turn 0: must be an object"),
+        ({"conversations": [{"from": "human"}]}, 'turn 0: "value" is missing'),
+        ({"conversations": [{"value": "a"}]}, 'turn 0: "from" is missing'),
+        ({"conversations": ["a"]}, 'turn 0: must be an object with "from" and "value", not a string'),
+        ({"conversations": [{"from": "human", "value": 7}]}, 'turn 0: "value" must be a string, not a number'),
+        ({"imgae": "a.png", "conversations": GOOD}, 'field "imgae" is not known; is "image" meant?'),
+        ({"images": ["a.png"], "conversations": GOOD}, 'field "images" is not known; is "image" meant?'),
+        ({"conversation": GOOD}, 'field "conversation" is not known; is "conversations" meant?'),
+        ({"video": "a.mp4", "conversations": GOOD}, 'field "video" is read from labelled rows only'),
+        ({"image": "", "conversations": GOOD}, 'field "image" names \'\''),
         ({"conversations": [{"from": "human", "value": "a"}]}, "nothing is answered"),
         ({"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": "b"}]}, "turn 0: says nothing"),
         (
@@ -190,18 +201,33 @@ def test_images_stand_where_the_rows_put_them(lmm: sav_jax.LMM, tmp_path: Path) 
         ),
         (
             {"conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]},
-            "1 <image> marks for 0 images",
+            'field "conversations" holds 1 <image> mark for 0 images in field "image"',
         ),
     ],
 )
 def test_bad_rows_name_file_and_line(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
-    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    good = {"conversations": GOOD}
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=r"data\.jsonl:2: ") as caught:
         read_chats(file)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
+    # Rows of a list on one line are told apart by number and id.
+    (tmp_path / "data.json").write_text(json.dumps([good, {"id": "000/7", **row}]))
+    with pytest.raises(UserError, match=r'data\.json:1, row 1, id "000/7": ') as caught:
+        read_chats(tmp_path / "data.json")
+    assert problem in str(caught.value)
+
+
+def test_published_rows_may_say_more_than_is_read(tmp_path: Path) -> None:
+    picture(20, 30).save(tmp_path / "a.png")
+    more = {"model": "", "source": "x", "metadata": {"image": 1}, "image_id": 3, "width": 20}
+    row = {"id": "a", "image": "a.png", **more, "conversations": [{**turn, "weight": 1} for turn in GOOD]}
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": GOOD}, row]))
+    text, chat = read_chats(tmp_path / "data.json")
+    assert (text.source, chat.source) == (f"{tmp_path}/data.json:1, row 0", f'{tmp_path}/data.json:1, row 1, id "a"')
+    assert (text.has_image, chat.has_image) == (False, True)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
