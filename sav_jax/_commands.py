@@ -214,8 +214,9 @@ def _train(options: training_options.Train) -> None:
 
 
 def _train_aim(options: training_options.Aim) -> None:
-    from sav_jax.train.aim import AIM_PRESETS, overridden, train_aim
+    from sav_jax.train.aim import AIM_PRESETS, train_aim
     from sav_jax.train.documents import drawn_documents, read_documents
+    from sav_jax.train.recipes import overridden
 
     given = vars(options) | {"shots": None if options.shots is None else _numbers("--shots", options.shots)}
     recipe = overridden(AIM_PRESETS[options.preset], given)

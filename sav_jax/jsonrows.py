@@ -38,7 +38,10 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{path}:{line}", json.loads(content)
             except (json.JSONDecodeError, RecursionError) as error:
-                yield f"{path}:{line}", UserError(f"{path}:{line}: {_json_problem(error)} (one JSON object per line is expected)")
+                yield (
+                    f"{path}:{line}",
+                    UserError(f"{path}:{line}: {_json_problem(error)} (one JSON object per line is expected)"),
+                )
 
 
 def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -33,14 +33,14 @@ from sav_jax.errors import UserError
 from sav_jax.examples import VIRTUAL_MARK, Example, VirtualTokens
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Array, Batch
-from sav_jax.models.fusion import FusionConfig, initial_params
+from sav_jax.models.fusion import FusionConfig, check_initial, initial_params
 from sav_jax.models.multimodal import MultimodalModel, rematerialized
 from sav_jax.models.processor import Prompt, virtual_places
 from sav_jax.sharding import own_rows
 from sav_jax.train import loop
 from sav_jax.train.chats import ChatFormat, Lesson, chat_format
 from sav_jax.train.data import LessonBatch, Sizes, plan_steps, round_targets, supervised
-from sav_jax.train.optimizer import Group, Optimization, trainable_groups
+from sav_jax.train.optimizer import Group, Optimization, check, trainable_groups
 from sav_jax.train.supervised import next_token_loss
 
 Document = tuple[Example, ...]
@@ -85,8 +85,10 @@ class AimRecipe:
             raise UserError("shots must name numbers of demonstrations of at least 1")
         if self.pairs < 2:
             raise UserError(f"pairs must be at least 2, not {self.pairs}: demonstrations and a query")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate must be above 0, not {self.learning_rate}")
+        check(self, ("learning_rate", "epochs"), "above 0", lambda x: x > 0)
+        check(self, ("layer", "weight_decay", "steps"), "at least 0", lambda x: x >= 0)
+        check_initial(FusionConfig(1, self.projection, self.norm), self.initial)
+        _ = self.layout("")
 
     def layout(self, answer_lead: str) -> Layout:
         """How demonstrations are read, with what the model writes before an answer's own text."""
@@ -123,17 +125,6 @@ AIM_PRESETS: Mapping[str, AimRecipe] = {
 }
 """``default``: with the learning rate of the same group's SelfCP (arXiv 2405.17052). ``tiny``: for the bundled model.
 ``debug``: six steps."""
-
-
-def overridden(preset: AimRecipe, options: Mapping[str, Any]) -> AimRecipe:
-    """The preset with every option that is given (not None) and that a recipe or its optimisation has."""
-    given = {name: value for name, value in options.items() if value is not None}
-    inner = {f.name for f in dataclasses.fields(Optimization)} - {"steps"}
-    outer = {f.name for f in dataclasses.fields(AimRecipe)} - {"optimization"}
-    optimization = replace(preset.optimization, **{n: v for n, v in given.items() if n in inner})
-    if "epochs" in given and "steps" not in given:
-        given["steps"] = 0
-    return replace(preset, **{n: v for n, v in given.items() if n in outer}, optimization=optimization)
 
 
 @struct.dataclass
@@ -386,6 +377,7 @@ def train_aim(lmm: LMM, documents: Sequence[Document], recipe: AimRecipe, output
         shardings=None if mesh is None else dict.fromkeys(initial, NamedSharding(mesh, PartitionSpec())),
         facts=facts,
     )
+    loop.check(problem, settings, output)
     data = AimData(lmm, documents, recipe, form)
     if progress and jax.process_index() == 0:
         number = sum(value.size for value in initial.values())

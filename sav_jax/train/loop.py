@@ -31,6 +31,8 @@ from sav_jax.sharding import data_size, put_own_rows
 from sav_jax.train.data import batches
 from sav_jax.train.optimizer import Group, Optimization, Pace, preconditioner, updated
 
+_SHOWN = 8  # settings that differ, in a message
+
 Trainable = dict[str, jax.Array]
 """Path -> float32 array."""
 Loss = Callable[[Mapping[str, jax.Array], Any, Any, jax.Array], tuple[jax.Array, jax.Array]]
@@ -202,12 +204,7 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
     Raises:
         UserError: the directory holds a run of other facts, or the loss is not finite; names step and rows.
     """
-    multiple = data_size(problem.mesh) * settings.micro_batches
-    if settings.batch_size % multiple:
-        raise UserError(
-            f"batch_size {settings.batch_size} is no multiple of {multiple} (micro-batches times devices that share a "
-            "batch)"
-        )
+    check(problem, settings, directory)
     directory = directory.absolute()
     by_the_first(lambda: _claim(directory, dict(problem.facts or {})))
     transform = transform_of(settings)
@@ -241,7 +238,27 @@ def _finite(metrics: Mapping[str, jax.Array], step: int, data: Data) -> dict[str
     return values
 
 
-def _claim(directory: Path, facts: dict[str, Any]) -> None:
+def check_batch(settings: Optimization, mesh: Mesh | None) -> None:
+    """Raise a UserError unless the devices can share the micro-batches."""
+    multiple = data_size(mesh) * settings.micro_batches
+    if settings.batch_size % multiple:
+        raise UserError(
+            f"batch_size {settings.batch_size} is no multiple of {multiple} (micro-batches times devices that share a "
+            "batch)"
+        )
+
+
+def check(problem: Problem, settings: Optimization, directory: Path) -> None:
+    """What can be refused before the data is planned, which may take minutes.
+
+    Raises:
+        UserError: the devices cannot share the batch, or the directory holds a run of other facts or other things.
+    """
+    check_batch(settings, problem.mesh)
+    by_the_first(lambda: _claim(directory, dict(problem.facts or {}), write=False))
+
+
+def _claim(directory: Path, facts: dict[str, Any], write: bool = True) -> None:
     """Make the directory this run's, or refuse."""
     file = directory / "run.json"
     facts = json.loads(json.dumps(facts))
@@ -250,17 +267,33 @@ def _claim(directory: Path, facts: dict[str, Any]) -> None:
             old = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"{file}: unreadable ({error})") from None
-        different = [name for name in {**old, **facts} if old.get(name) != facts.get(name)]
+        there, here = _flat(old), _flat(facts)
+        different = [
+            f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} asked for"
+            for name in {**there, **here}
+            if there.get(name) != here.get(name)
+        ]
         if different:
-            name = different[0]
+            more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
             raise UserError(
-                f"{directory}: holds a run with other settings ({name}: {_short(old.get(name))} there, "
-                f"{_short(facts.get(name))} asked for); resume it with the same, or choose another folder"
+                f"{directory}: holds a run with other settings ({'; '.join(different[:_SHOWN])}{more}); resume it with the "
+                "same, or choose another folder"
             )
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: holds other things (no run.json); choose another folder for the output")
-    else:
+    elif write:
         write_file(file, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _flat(facts: Any, name: str = "") -> dict[str, Any]:
+    """``{"recipe": {"rank": 4}}`` -> ``{"recipe.rank": 4}``."""
+    if not isinstance(facts, dict):
+        return {name: facts}
+    return {
+        path: value
+        for key, inner in facts.items()
+        for path, value in _flat(inner, f"{name}.{key}" if name else str(key)).items()
+    }
 
 
 def _short(value: Any) -> str:

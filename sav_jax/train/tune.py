@@ -68,6 +68,7 @@ def tuned_with_updates(
     settings = recipe.optimization
     facts = {"recipe": recipe.facts(), "model": lmm.fingerprint, "dtype": str(lmm.dtype), "data": digest(chats)}
     problem = supervised.problem(lmm, recipe.targets, recipe.groups, settings.seed, settings.remat, facts)
+    loop.check(problem, settings, directory)
     data = ChatData(
         lmm,
         chats,

@@ -192,7 +192,7 @@ GOOD = said("a", "b")
         ({"images": ["a.png"], "conversations": GOOD}, 'field "images" is not known; is "image" meant?'),
         ({"conversation": GOOD}, 'field "conversation" is not known; is "conversations" meant?'),
         ({"video": "a.mp4", "conversations": GOOD}, 'field "video" is read from labelled rows only'),
-        ({"image": "", "conversations": GOOD}, 'field "image" names \'\''),
+        ({"image": "", "conversations": GOOD}, "field \"image\" names ''"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "nothing is answered"),
         ({"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": "b"}]}, "turn 0: says nothing"),
         (

@@ -19,9 +19,10 @@ from sav_jax import Example, UserError
 from sav_jax.aim import Aim, DemonstrationBank, after_demonstrations, load_aim
 from sav_jax.cli import main
 from sav_jax.models.fusion import FusionConfig, initial_params
-from sav_jax.train.aim import AIM_PRESETS, AimData, AimRecipe, Document, aim_loss, overridden, query_lesson, train_aim
+from sav_jax.train.aim import AIM_PRESETS, AimData, AimRecipe, Document, aim_loss, query_lesson, train_aim
 from sav_jax.train.chats import chat_format
 from sav_jax.train.documents import ATTRIBUTES, drawn_documents, grouped, read_documents
+from sav_jax.train.recipes import overridden
 
 WORDS = ("crimson red", "grass green", "a blue ring", "nothing here")  # of nearly one length: two programs
 DEBUG = AIM_PRESETS["debug"]

@@ -27,10 +27,11 @@ import sav_jax
 from sav_jax import adapters
 from sav_jax.errors import UserError
 from sav_jax.train import loop, supervised
+from sav_jax.train.aim import AIM_PRESETS
 from sav_jax.train.chats import Chat, Turn, chat_format
 from sav_jax.train.data import ChatData, Sizes, plan_steps
 from sav_jax.train.optimizer import Group, Optimization, Pace, trainable_groups
-from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, Recipe
+from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, Recipe, overridden
 from sav_jax.train.tune import export, tune, tuned_with_updates
 
 # PEFT asks transformers by a name that is going away.
@@ -59,6 +60,21 @@ def debug(**options: Any) -> Recipe:
 
 def losses(directory: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+BAD: list[dict[str, Any]] = [
+    {name: value}
+    for value, names in (
+        (0, "learning_rate vision_learning_rate alpha vision_alpha epochs steps batch_size micro_batches keep log_every "
+            "checkpoint_every epsilon"),
+        (-1, "rank vision_rank learning_rate projector_learning_rate weight_decay epochs steps batch_size max_tokens clip "
+             "warmup dropout vision_dropout sq_ratio seed layer"),
+        (1, "warmup dropout vision_dropout beta1 beta2"),
+        (float("nan"), "learning_rate weight_decay epochs warmup clip"),
+        ("most", "remat conversation initial projection tokens"),
+    )
+    for name in names.split()
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -267,21 +283,36 @@ def test_frozen_leaves_have_no_optimiser_state(lmm: sav_jax.LMM) -> None:
 
 def test_nan_stops_with_step_and_rows(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     recipe = debug(learning_rate=1e30, projector_learning_rate=1e30)
-    with pytest.raises(UserError, match=r"^step [1-6]: (loss|gradient norm) is (nan|inf); its rows: row \d+(; row \d+){7}$") as caught:
+    with pytest.raises(
+        UserError, match=r"^step [1-6]: (loss|gradient norm) is (nan|inf); its rows: row \d+(; row \d+){7}$"
+    ) as caught:
         tune(lmm, chats(), recipe, tmp_path / "run", progress=False)
     assert "\n" not in str(caught.value)
 
 
 def test_another_recipe_is_refused(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     tune(lmm, chats(), debug(steps=1), tmp_path / "run", progress=False)
-    with pytest.raises(UserError, match="holds a run with other settings"):
-        tune(lmm, chats(), debug(steps=2), tmp_path / "run", progress=False)
-    with pytest.raises(UserError, match="holds a run with other settings"):
+    other = overridden(debug(steps=1), {"seed": 3, "learning_rate": 0.02})
+    wanted = "recipe.learning_rate: 0.01 there, 0.02 asked for; recipe.optimization.seed: 0 there, 3 asked for"
+    with pytest.raises(UserError, match=rf"holds a run with other settings \({wanted}\); resume"):
+        tune(lmm, chats(), other, tmp_path / "run", progress=False)
+    with pytest.raises(
+        UserError, match=r'other settings \(data: "[0-9a-f]{64}" there, "[0-9a-f]{64}" asked for\); resume'
+    ):
         tune(lmm, chats(20), debug(steps=1), tmp_path / "run", progress=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UserError, match="holds other things"):
         tune(lmm, chats(), debug(steps=1), tmp_path / "other", progress=False)
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_settings_out_of_range_are_refused_where_they_are_made(options: dict[str, Any]) -> None:
+    (name,) = options
+    for preset in (SQ_PRESETS["debug"], AIM_PRESETS["debug"]):
+        if hasattr(preset, name) or hasattr(preset.optimization, name):
+            with pytest.raises(UserError, match=rf"^{name} (must be .*, not|.* is not known)"):
+                overridden(preset, options)
 
 
 def test_every_leaf_belongs_to_a_group() -> None:
