@@ -14,8 +14,8 @@ from sav_jax.errors import UserError
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (where it stands, parsed value or the UserError of that line) of a JSON Lines file or a JSON list.
 
-    Where is ``file:line``, counted from 1. Items of a list that share a line are told apart by their number in the list,
-    counted from 0, and their ``"id"`` if they have one: ``data.json:1, row 3, id "x"``.
+    Where is ``file:line``, counted from 1. Items of a list that share a line are told apart by their number in the
+    list, counted from 0, and their ``"id"`` if they have one: ``data.json:1, row 3, id "x"``.
 
     Raises:
       UserError: if the file cannot be read, or a JSON list is malformed: its other items cannot then be told apart.

@@ -276,8 +276,8 @@ def _claim(directory: Path, facts: dict[str, Any], write: bool = True) -> None:
         if different:
             more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
             raise UserError(
-                f"{directory}: holds a run with other settings ({'; '.join(different[:_SHOWN])}{more}); resume it with the "
-                "same, or choose another folder"
+                f"{directory}: holds a run with other settings ({'; '.join(different[:_SHOWN])}{more}); resume it with "
+                "the same, or choose another folder"
             )
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: holds other things (no run.json); choose another folder for the output")

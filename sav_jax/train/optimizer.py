@@ -16,7 +16,6 @@ from flax import struct
 
 from sav_jax.errors import UserError
 
-
 REMAT = ("none", "dots", "full")
 
 
