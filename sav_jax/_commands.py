@@ -203,10 +203,10 @@ def _train(options: training_options.Train) -> None:
 
     chosen = options.recipe
     presets = LORA_PRESETS if isinstance(chosen, training_options.Lora) else SQ_PRESETS
-    recipe = overridden(presets[chosen.preset], vars(chosen))
+    recipe = overridden(presets[chosen.preset], vars(chosen) | vars(chosen.run))
     by_the_first(lambda: check_output_folder(chosen.output, "run.json"))
     chats = read_chats(chosen.data, chosen.image_folder)
-    base = _load(chosen.model, chosen.dtype, mesh=chosen.devices.mesh)
+    base = _load(chosen.model, chosen.run.dtype, mesh=chosen.devices.mesh)
     tuned, trainable = tuned_with_updates(base, chats, recipe, chosen.output)
     written = export(base, tuned, recipe, trainable, chosen.output, chosen.model)
     if jax.process_index() == 0:
@@ -218,18 +218,23 @@ def _train_aim(options: training_options.Aim) -> None:
     from sav_jax.train.documents import drawn_documents, read_documents
     from sav_jax.train.recipes import overridden
 
-    given = vars(options) | {"shots": None if options.shots is None else _numbers("--shots", options.shots)}
+    given = (
+        vars(options)
+        | vars(options.run)
+        | {"shots": None if options.shots is None else _numbers("--shots", options.shots)}
+    )
     recipe = overridden(AIM_PRESETS[options.preset], given)
     by_the_first(lambda: check_output_folder(options.output, "run.json"))
     if options.data is not None:
-        documents = read_documents(options.data, options.image_folder, recipe.pairs, options.seed)
+        documents = read_documents(options.data, options.image_folder, recipe.pairs, options.run.seed)
     elif options.model == "tiny":
         if options.documents < 1:
             raise UserError(f"--documents must be at least 1, not {options.documents}")
-        documents = drawn_documents(options.documents, recipe.pairs, options.seed)
+        documents = drawn_documents(options.documents, recipe.pairs, options.run.seed)
     else:
         raise UserError("--data FILE is missing; only the bundled model learns from drawn scenes")
-    train_aim(_load(options.model, options.dtype, mesh=options.devices.mesh), documents, recipe, options.output)
+    lmm = _load(options.model, options.run.dtype, mesh=options.devices.mesh)
+    train_aim(lmm, documents, recipe, options.output)
     if jax.process_index() == 0:
         print(f"written to {options.output}: projection")
 

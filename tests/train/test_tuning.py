@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import tyro
 from checkpoints import Reference, picture
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -25,6 +26,7 @@ from safetensors.numpy import load_file
 
 import sav_jax
 from sav_jax import adapters
+from sav_jax._training_options import Train
 from sav_jax.errors import UserError
 from sav_jax.train import loop, supervised
 from sav_jax.train.aim import AIM_PRESETS
@@ -310,6 +312,28 @@ def test_settings_out_of_range_are_refused_where_they_are_made(options: dict[str
         if hasattr(preset, name) or hasattr(preset.optimization, name):
             with pytest.raises(UserError, match=rf"^{name} (must be .*, not|.* is not known)"):
                 overridden(preset, options)
+
+
+@pytest.mark.parametrize(
+    ("words", "preset", "elsewhere"),
+    [
+        ("lora --model m --data d", LORA_PRESETS["llava"], {"sq_ratio", "conversation"}),  # of the other recipe
+        ("sq-llava --model m --data d", SQ_PRESETS["stage2"], set()),
+        ("aim --model m", AIM_PRESETS["tiny"], set()),
+    ],
+)
+def test_every_setting_is_an_option(words: str, preset: Any, elsewhere: set[str]) -> None:
+    settings = {name for of in (preset, preset.optimization) for name in vars(of)} - {"optimization", *elsewhere}
+    flags = {"group_by_modality": "False", "norm": "False", "beta1": "0.8", "weight_decay": "0.1", "log_every": "7"}
+    given = [
+        word for name, value in flags.items() if name in settings for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    parsed: Any = tyro.cli(Train, args=[*words.split(), "--output", "o", *given], config=(tyro.conf.OmitArgPrefixes,))
+    options = vars(parsed.recipe) | vars(parsed.recipe.run)
+    assert settings <= set(options)
+    recipe = overridden(preset, options)
+    for name, value in flags.items():
+        assert str(getattr(recipe, name, getattr(recipe.optimization, name, value))) == value
 
 
 def test_every_leaf_belongs_to_a_group() -> None:
