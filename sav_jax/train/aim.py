@@ -39,7 +39,7 @@ from sav_jax.models.processor import Prompt, virtual_places
 from sav_jax.sharding import own_rows
 from sav_jax.train import loop
 from sav_jax.train.chats import ChatFormat, Lesson, chat_format
-from sav_jax.train.data import LessonBatch, Sizes, plan_steps, round_targets, supervised
+from sav_jax.train.data import LessonBatch, Sizes, padding_of, plan_steps, round_targets, supervised
 from sav_jax.train.optimizer import Group, Optimization, check, trainable_groups
 from sav_jax.train.supervised import next_token_loss
 
@@ -202,12 +202,14 @@ class AimPlan:
         shots: K.
         virtual: M.
         targets: of a prompt.
+        tokens: of all demonstrations and prompts, without padding.
     """
 
     bucket: Bucket
     reading: Bucket
     shots: int
     targets: int
+    tokens: int
     rows: tuple[tuple[int, int], ...]
 
 
@@ -254,6 +256,11 @@ class AimData:
         """The documents of a step, for error messages."""
         return "; ".join(self.documents[row][0].source or str(row) for row, _ in self.plans[step].rows)
 
+    def tokens(self, step: int) -> tuple[int, int]:
+        """Of demonstrations and prompts."""
+        plan = self.plans[step]
+        return plan.tokens, len(plan.rows) * (plan.shots * plan.reading.tokens + plan.bucket.tokens)
+
     def _plan(self, row: int, pair: int) -> tuple[Prompt, np.ndarray]:
         return plan_demonstration(self.lmm.processor, self.documents[row][pair], self.layout)
 
@@ -279,6 +286,7 @@ class AimData:
             _bucket(read, 0),
             shots,
             round_targets(max(int((lesson.targets >= 0).sum()) for lesson in lessons)),
+            sum(len(prompt.token_ids) for prompt in (*read, *(lesson.prompt for lesson in lessons))),
             tuple(rows),
         )
 
@@ -382,7 +390,8 @@ def train_aim(lmm: LMM, documents: Sequence[Document], recipe: AimRecipe, output
     if progress and jax.process_index() == 0:
         number = sum(value.size for value in initial.values())
         print(
-            f"{len(documents)} documents; {settings.steps} steps of {settings.batch_size}; {number:,} parameters train",
+            f"{len(documents)} documents; {settings.steps} steps of {settings.batch_size}, padding "
+            f"{padding_of(data):.1%} of the tokens; {number:,} parameters train",
             file=sys.stderr,
         )
     trained = jax.device_get(loop.train(problem, data, settings, output, progress))

@@ -44,10 +44,16 @@ class LessonBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Rows of one step and the epoch of each, which decides what is drawn for it."""
+    """Rows of one step and the epoch of each, which decides what is drawn for it.
+
+    Attributes:
+        bucket, targets: static shapes of its arrays.
+        tokens: of all rows, without padding.
+    """
 
     bucket: Bucket
     targets: int
+    tokens: int
     rows: tuple[tuple[int, int], ...]
 
 
@@ -104,7 +110,14 @@ def _step(sizes: Sequence[Sizes], rows: Sequence[tuple[int, int]]) -> StepPlan:
         round_rows(max(m.rows for m in members)),
         max(m.taps for m in members),
     )
-    return StepPlan(bucket, round_targets(max(m.targets for m in members)), tuple(rows))
+    targets = round_targets(max(m.targets for m in members))
+    return StepPlan(bucket, targets, sum(m.tokens for m in members), tuple(rows))
+
+
+def padding_of(data: Any) -> float:
+    """Share of the tokens in all batches of a run that is padding."""
+    real, computed = np.sum([data.tokens(step) for step in range(len(data))], axis=0)
+    return float(1 - real / computed)
 
 
 def round_targets(number: int) -> int:
@@ -117,7 +130,6 @@ class ChatData:
 
     Attributes:
         plans: one for each step of the run.
-        padding: share of the tokens in all batches that is padding.
         cut: conversations that were longer than ``max_tokens``.
     """
 
@@ -141,9 +153,6 @@ class ChatData:
         every = [_sizes(self._lesson(row, None)) for row in range(len(chats))]
         self.cut = sum(size.tokens == self.max_tokens for size in every)
         self.plans = plan_steps(every, batch_size, steps, seed, group_by_modality)
-        # The longest of what may be drawn decides the bucket: the count is of these lengths.
-        real = sum(every[row].tokens for plan in self.plans for row, _ in plan.rows)
-        self.padding = 1 - real / sum(plan.bucket.tokens * len(plan.rows) for plan in self.plans)
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -159,6 +168,11 @@ class ChatData:
     def names(self, step: int) -> str:
         """The conversations of a step, for error messages."""
         return "; ".join(self.chats[row].source or str(row) for row, _ in self.plans[step].rows)
+
+    def tokens(self, step: int) -> tuple[int, int]:
+        """Of the longest form of what may be drawn: it decides the bucket."""
+        plan = self.plans[step]
+        return plan.tokens, plan.bucket.tokens * len(plan.rows)
 
     def __getitem__(self, step: int) -> LessonBatch:
         """This process's rows of a step, as host arrays."""

@@ -48,6 +48,10 @@ class Data(Protocol):
         """What the batch of a step is made of, for error messages."""
         ...
 
+    def tokens(self, step: int) -> tuple[int, int]:
+        """Tokens of a step's whole batch: real ones, and those computed, which have the padding, too."""
+        ...
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -196,7 +200,9 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
     """Train to the end, going on from the latest checkpoint in ``directory``.
 
     The directory gets ``run.json`` (the facts), ``log.jsonl`` (a row per ``log_every`` steps), ``checkpoints/`` and
-    ``tensorboard/``.
+    ``tensorboard/``. A row has the mean loss and gradient norm of the ``steps`` up to its own ``step``, counted from 1
+    (the first row of a resumed run may be of fewer), real tokens per second of all time but what compiling takes, and
+    the share of padding in all tokens.
 
     Returns:
         What was trained.
@@ -216,8 +222,17 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
         step_function = make_step(problem.loss, transform, settings.micro_batches)
         with _Log(directory, first, settings, progress) as log:
             waiting: list[tuple[int, dict[str, jax.Array]]] = []
+            compiled: set[Any] = set()
             for step, batch in zip(range(first, len(data)), batches(data, first), strict=False):
-                state, metrics = step_function(state, problem.frozen, put_own_rows(batch, problem.mesh), pace)
+                batch = put_own_rows(batch, problem.mesh)
+                shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+                if new := shapes not in compiled:
+                    compiled.add(shapes)
+                    jax.block_until_ready(state)  # so that nothing is trained while it compiles
+                started = time.perf_counter()
+                state, metrics = step_function(state, problem.frozen, batch, pace)
+                if new:  # the call returns when it has compiled, and does not wait for what it computes
+                    log.leave_out(time.perf_counter() - started)
                 waiting.append((step, metrics))
                 last = step + 1 == len(data)
                 due = (step + 1) % settings.checkpoint_every == 0 or last
@@ -338,7 +353,7 @@ class _Log:
         self._file = directory / "log.jsonl"
         self._settings = settings
         self._pending: list[dict[str, float]] = []
-        self._tokens, self._since = 0, time.perf_counter()
+        self._tokens, self._computed, self._since = 0, 0, time.perf_counter()
         main = jax.process_index() == 0
         self._writer: Any = None
         if main:
@@ -347,7 +362,7 @@ class _Log:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first or None)
             if self._file.exists():
                 rows = self._file.read_text().splitlines()
-                kept = [row for row in rows if json.loads(row)["step"] <= first]
+                kept = [row for row in rows if 0 < _step_of(row) <= first]
                 write_file(self._file, "".join(row + "\n" for row in kept).encode())
         self._bar = tqdm(
             total=settings.steps,
@@ -367,26 +382,36 @@ class _Log:
         if self._writer is not None:
             self._writer.close()
 
-    def add(self, step: int, values: dict[str, float], data: Any) -> None:
+    def leave_out(self, seconds: float) -> None:
+        """Take a time out of the rate of tokens."""
+        self._since += seconds
+
+    def add(self, step: int, values: dict[str, float], data: Data) -> None:
         self._bar.update()
         self._pending.append(values)
-        self._tokens += tokens_of(data, step)
+        real, computed = data.tokens(step)
+        self._tokens += real
+        self._computed += computed
         done = step + 1
         if done % self._settings.log_every and done != self._settings.steps:
             return
         seconds = time.perf_counter() - self._since
         means = {name: float(np.mean([row[name] for row in self._pending])) for name in values}
         rate = self._tokens / max(seconds, 1e-9)
-        self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:,.0f} tokens/s")
+        padding = 1 - self._tokens / self._computed
+        self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:,.0f} tokens/s, {padding:.0%} padding")
         if self._writer is not None:
             with self._file.open("a") as file:
-                file.write(json.dumps({"step": done, **means, "tokens_per_second": round(rate, 1)}) + "\n")
-            for name, value in {**means, "tokens_per_second": rate}.items():
+                more = {"tokens_per_second": round(rate, 1), "padding": round(padding, 4)}
+                file.write(json.dumps({"step": done, "steps": len(self._pending), **means, **more}) + "\n")
+            for name, value in {**means, "tokens_per_second": rate, "padding": padding}.items():
                 self._writer.add_scalar(name, value, done)
-        self._pending, self._tokens, self._since = [], 0, time.perf_counter()
+        self._pending, self._tokens, self._computed, self._since = [], 0, 0, time.perf_counter()
 
 
-def tokens_of(data: Any, step: int) -> int:
-    """Tokens of a step's batch, with padding; 0 if the data does not say."""
-    plans = getattr(data, "plans", None)
-    return 0 if plans is None else plans[step].bucket.tokens * len(plans[step].rows)
+def _step_of(row: str) -> int:
+    """Of a row of the log; 0 if a kill has torn it."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

@@ -30,11 +30,11 @@ from sav_jax._training_options import Train
 from sav_jax.errors import UserError
 from sav_jax.train import loop, supervised
 from sav_jax.train.aim import AIM_PRESETS
-from sav_jax.train.chats import Chat, Turn, chat_format
-from sav_jax.train.data import ChatData, Sizes, plan_steps
+from sav_jax.train.chats import VICUNA_SQ, Chat, Turn, chat_format
+from sav_jax.train.data import ChatData, Sizes, padding_of, plan_steps
 from sav_jax.train.optimizer import Group, Optimization, Pace, trainable_groups
 from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, Recipe, overridden
-from sav_jax.train.tune import export, tune, tuned_with_updates
+from sav_jax.train.tune import export, tune, tuned_with_updates, warn_of_endless_answers
 
 # PEFT asks transformers by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -353,6 +353,23 @@ def test_rates_rise_and_fall() -> None:
     np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10, rtol=1e-6)
     wanted = [0.5 * (1 + np.cos(np.pi * i / 100)) for i in range(100)]
     np.testing.assert_allclose(factors[10:], wanted, atol=1e-6)
+
+
+def test_tokens_of_a_step_are_those_of_its_rows(lmm: sav_jax.LMM) -> None:
+    data = ChatData(lmm, chats(), chat_format(lmm.processor, lmm.stop_token_ids), batch_size=8, steps=3, seed=0)
+    for step in range(3):
+        batch = data[step].batch
+        assert data.tokens(step) == (int(np.sum(batch.lengths)), batch.token_ids.size)
+    assert 0 < padding_of(data) < 1
+
+
+def test_a_stop_token_that_does_not_stop_is_warned_of(lmm: sav_jax.LMM, capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_endless_answers(lmm, VICUNA_SQ)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: answers are taught to end with '</s>', which does not stop ")
+    assert said.count("\n") == 1
+    warn_of_endless_answers(lmm, chat_format(lmm.processor, lmm.stop_token_ids))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("grouped", [False, True])
