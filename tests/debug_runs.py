@@ -31,7 +31,7 @@ PRESETS: Mapping[str, Any] = {
     "aim": AIM_PRESETS["debug"],
 }
 # Of nearly one length, so that batches have few shapes: compiling is what these tests take their time for.
-ANSWERS = ("a red ring", "green grass", "a blue circle", "nothing here")
+ANSWERS = ("red ring", "green grass", "a blue circle", "nothing is here")
 LABELS = ("crimson red", "grass green", "a blue ring", "nothing here")
 
 
@@ -45,6 +45,19 @@ def chats(number: int = 24) -> list[Chat]:
             Chat(tuple(Turn(*turn) for turn in turns), sav_jax.Example("-", pictures, id=str(i), source=f"row {i}"))
         )
     return made
+
+
+def write_conversations(folder: Path) -> Path:
+    """A file of :func:`chats` in LLaVA's format, beside its pictures."""
+    rows: list[dict[str, Any]] = []
+    for i, chat in enumerate(chats()):
+        said = [{"from": turn.role, "value": turn.text} for turn in chat.turns]
+        rows.append({"id": str(i), "conversations": said})
+        for image in chat.media.load_images():
+            rows[-1]["image"] = f"{i % 4}.png"
+            image.save(folder / f"{i % 4}.png")
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
 
 
 def documents(number: int = 24) -> list[Document]:

@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from checkpoints import Reference, picture
+from checkpoints import Reference
+from debug_runs import write_conversations
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
@@ -27,7 +27,6 @@ import sys
 from sav_jax.cli import main
 
 address, index, dying_run, whole_run, *given = sys.argv[1:]
-given += ["--mesh", "data=4,model=2"]
 joined = ["--coordinator", address, "--num-processes", "2", "--process-id", index]
 assert main(["train", "lora", *given, *joined, "--output", whole_run]) == 0
 
@@ -76,14 +75,8 @@ def losses(directory: Path) -> list[float]:
 def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with runs of two processes, ``two`` whole and ``dead`` half done, and the options of all."""
     folder = tmp_path_factory.mktemp("processes")
-    rows: list[dict[str, Any]] = []
-    for i in range(16):
-        picture(30, 30, i % 4).save(folder / f"{i % 4}.png")
-        turns = [("human", "What is it?"), ("gpt", f"thing {i % 4}"), ("human", "Why?"), ("gpt", "I see it.")]
-        rows.append({"image": f"{i % 4}.png", "conversations": [{"from": who, "value": text} for who, text in turns]})
-    (folder / "data.json").write_text(json.dumps(rows))
-    given = ["--preset", "debug", "--model", str(reference.directory), "--data", str(folder / "data.json")]
-    given += ["--dropout", "0"]
+    given = ["--preset", "debug", "--model", str(reference.directory), "--data", str(write_conversations(folder))]
+    given += ["--mesh", "data=4,model=2"]  # as in test_debug_presets.py: the same step
     address = f"localhost:{free_port()}"
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
     both = [
