@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import Reference, picture
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import sav_jax
 from sav_jax.errors import UserError
+from sav_jax.models.processor import Processor
 from sav_jax.train.chats import VICUNA_SQ, Chat, Turn, chat_format, lesson, read_chats, with_questions, written
 
 
@@ -112,6 +117,59 @@ def test_masks_of_sq_llava(llava: sav_jax.LMM, name: str) -> None:
     bos = llava.processor.tokenizer.bos_token is not None
     assert pieces_of(llava, conversation(*turns), VICUNA_SQ) == expected(llava, whole, bos)
     assert VICUNA_SQ.system.endswith("do not ask about uncertain details. ")
+
+
+def joining(processor: Processor) -> Processor:
+    """With a BPE tokenizer whose merges reach across words, headers and turns."""
+    merges = [
+        ("Ġ", "a"),
+        ("c", "a"),
+        ("ca", "t"),
+        ("Ġ", "W"),
+        (":", "ĠW"),
+        (":", "Ġa"),
+        ("h", "y"),
+        ("S", "E"),
+        ("?", "Ġ"),
+    ]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made = copy.copy(processor)
+    made.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    made.config = dataclasses.replace(processor.config, image_token_id=len(vocabulary) + 10)  # there is none
+    return made
+
+
+def test_masks_where_tokens_reach_across_borders(llava: sav_jax.LMM) -> None:
+    """A token with anything in it that is to be learned is learned whole."""
+    pieces = [
+        ("USER: What? ASSISTANT:", False),
+        (" a cat</s>", True),
+        ("USER: Where? ASSISTANT:", False),
+        (" cat</s>", True),
+        ("VUSER: ", False),
+        ("Why?</s>", True),
+        (" ASSISTANT:", False),
+        (" a</s>", True),
+    ]
+    turns = ("user", "What?"), ("assistant", "a cat"), ("user", "Where?"), ("assistant", "cat"), ("vuser", "Why?")
+    made = lesson(joining(llava.processor), conversation(*turns, ("assistant", "a"), images=0), VICUNA_SQ)
+    tokens = joining(llava.processor).tokenizer.convert_ids_to_tokens(made.prompt.token_ids.tolist())
+    # All text is ASCII: a token has as many characters as its name.
+    characters = np.repeat(
+        [False, *(learned for _, learned in pieces)], [len(VICUNA_SQ.system), *(len(t) for t, _ in pieces)]
+    )
+    ends = np.cumsum([len(token) for token in tokens])
+    assert ends[-1] == len(characters)
+    wanted = [bool(characters[end - len(token) : end].any()) for token, end in zip(tokens, ends, strict=True)]
+    np.testing.assert_array_equal(made.targets >= 0, wanted)
+    np.testing.assert_array_equal(made.targets[made.targets >= 0], made.prompt.token_ids[made.targets >= 0])
+    end = list(zip(tokens, (made.targets >= 0).tolist(), strict=True))[-20:]
+    assert [token for token, _ in end[:9]] == ["V", "U", "SE", "R", ":ĠW", "hy", "?", "</s>", "Ġ"]
+    assert [learned for _, learned in end[:9]] == [False, False, False, False, True, True, True, True, False]
+    assert end[-3:] == [("T", False), (":Ġa", True), ("</s>", True)]
 
 
 def test_a_training_prompt_begins_as_the_prompt_of_inference(llava: sav_jax.LMM, lmm: sav_jax.LMM) -> None:
