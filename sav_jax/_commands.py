@@ -18,7 +18,7 @@ from sav_jax import _training_options as training_options
 from sav_jax._compiling import counted, keep_programs
 from sav_jax._files import check_output_file, check_output_folder, write_file
 from sav_jax._options import Devices, Running
-from sav_jax._processes import by_the_first, start
+from sav_jax._processes import by_the_first, failing_together, start
 from sav_jax._tpu import leave_tpus_alone
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
 from sav_jax.errors import UserError
@@ -62,6 +62,8 @@ def run(options: Any) -> None:
         if (running := getattr(options, "running", None)) is not None:
             keep_programs(_cache_dir(running))
             stack.enter_context(counted())
+        if devices is not None:
+            stack.enter_context(failing_together())
         commands[type(options)](options)
 
 
@@ -211,17 +213,20 @@ def _eval(options: cli.Eval) -> None:
 def _train(options: training_options.Train) -> None:
     if isinstance(options.recipe, training_options.Aim):
         _train_aim(options.recipe)
-        return
+    else:
+        _tune(options.recipe)
+
+
+def _tune(chosen: training_options.Lora | training_options.SqLlava) -> None:
     from sav_jax.train.chats import read_chats
     from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
     from sav_jax.train.tune import export, tuned_with_updates
 
-    chosen = options.recipe
     presets = LORA_PRESETS if isinstance(chosen, training_options.Lora) else SQ_PRESETS
-    recipe = overridden(presets[chosen.preset], vars(chosen))
+    recipe = overridden(presets[chosen.preset], vars(chosen) | vars(chosen.run))
     by_the_first(lambda: check_output_folder(chosen.output, "run.json"))
     chats = read_chats(chosen.data, chosen.image_folder)
-    base = _load(chosen.model, chosen.dtype, mesh=chosen.devices.mesh)
+    base = _load(chosen.model, chosen.run.dtype, mesh=chosen.devices.mesh)
     tuned, trainable = tuned_with_updates(base, chats, recipe, chosen.output)
     written = export(base, tuned, recipe, trainable, chosen.output, chosen.model)
     if jax.process_index() == 0:
@@ -229,21 +234,27 @@ def _train(options: training_options.Train) -> None:
 
 
 def _train_aim(options: training_options.Aim) -> None:
-    from sav_jax.train.aim import AIM_PRESETS, overridden, train_aim
+    from sav_jax.train.aim import AIM_PRESETS, train_aim
     from sav_jax.train.documents import drawn_documents, read_documents
+    from sav_jax.train.recipes import overridden
 
-    given = vars(options) | {"shots": None if options.shots is None else _numbers("--shots", options.shots)}
+    given = (
+        vars(options)
+        | vars(options.run)
+        | {"shots": None if options.shots is None else _numbers("--shots", options.shots)}
+    )
     recipe = overridden(AIM_PRESETS[options.preset], given)
     by_the_first(lambda: check_output_folder(options.output, "run.json"))
     if options.data is not None:
-        documents = read_documents(options.data, options.image_folder, recipe.pairs, options.seed)
+        documents = read_documents(options.data, options.image_folder, recipe.pairs, options.run.seed)
     elif options.model == "tiny":
         if options.documents < 1:
             raise UserError(f"--documents must be at least 1, not {options.documents}")
-        documents = drawn_documents(options.documents, recipe.pairs, options.seed)
+        documents = drawn_documents(options.documents, recipe.pairs, options.run.seed)
     else:
         raise UserError("--data FILE is missing; only the bundled model learns from drawn scenes")
-    train_aim(_load(options.model, options.dtype, mesh=options.devices.mesh), documents, recipe, options.output)
+    lmm = _load(options.model, options.run.dtype, mesh=options.devices.mesh)
+    train_aim(lmm, documents, recipe, options.output)
     if jax.process_index() == 0:
         print(f"written to {options.output}: projection")
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import atexit
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +18,9 @@ import numpy as np
 from sav_jax.errors import UserError
 
 _LONGEST = 2000  # bytes of a message
+_LOST = ("Gloo", "Connection closed", "Connection reset", "UNAVAILABLE", "heartbeat", "coordination service")
+_GRACE = 5.0  # seconds in which a process may fail by itself before it is ended
+_runs = itertools.count()
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -69,9 +79,8 @@ def known_by_all(places: Sequence[int], number: int) -> list[int]:
 
 def share(number: int) -> slice:
     """Which of so many pieces of work, that any process could do, this one does."""
-    return slice(
-        jax.process_index() * number // jax.process_count(), (jax.process_index() + 1) * number // jax.process_count()
-    )
+    this, of = jax.process_index(), jax.process_count()
+    return slice(this * number // of, (this + 1) * number // of)
 
 
 def wait_for_all(moment: str) -> None:
@@ -80,6 +89,74 @@ def wait_for_all(moment: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(moment)
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """What one process raises ends the others, too, which would wait for it in the next collective for ever.
+
+    They say which process failed and why, and exit with status 2, unless they fail by themselves within seconds (what
+    all of them find out, such as a bad row). A process that was killed says nothing: the others find that they cannot
+    reach it. Processes enter this in the same order.
+
+    Raises:
+        UserError: another process cannot be reached.
+    """
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        yield
+        return
+    from jax._src.distributed import global_state  # JAX has no public way to its key-value store
+
+    client: Any = global_state.client
+    run = f"sav_jax/run{next(_runs)}"
+    over = threading.Event()
+
+    def end(status: int) -> None:
+        if jax.process_index() == 0:
+            time.sleep(2)  # without the first, which has the store, the others would crash
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def watch() -> None:
+        while not over.is_set():
+            try:
+                message = client.blocking_key_value_get(f"{run}/failed", 1000)
+            except Exception:  # nothing yet
+                over.wait(0.05)
+                continue
+            if not over.wait(_GRACE):
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                client.key_value_set(f"{run}/ended/{jax.process_index()}", "")
+                end(2)
+            return
+
+    def leave(status: int) -> None:
+        """Without waiting for processes that have been ended or killed, as JAX would at exit."""
+        until = time.monotonic() + _GRACE + 2
+        while time.monotonic() < until:
+            if client.key_value_dir_get(f"{run}/ended"):
+                break
+            time.sleep(0.1)
+        end(status)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        over.set()
+        said = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        client.key_value_set(f"{run}/failed", f"process {jax.process_index()}: {said}", allow_overwrite=True)
+        lost = isinstance(error, jax.errors.JaxRuntimeError) and any(word in said for word in _LOST)
+        atexit.register(leave, 2 if lost or isinstance(error, UserError) else 1)
+        if lost:
+            raise UserError(
+                f"another process has ended, or cannot be reached ({said[:200]}); what is stored is kept: run all of "
+                "them again"
+            ) from error
+        raise
+    finally:
+        over.set()
 
 
 def gathered(tree: Any) -> Any:

@@ -4,11 +4,71 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from sav_jax._options import Devices, optional
+
+
+def _preset(metavar: str) -> Any:
+    return optional(metavar, "as in the preset")
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How every recipe is run; whatever is left out is as in the preset."""
+
+    epochs: Annotated[float | None, _preset("N")] = None
+    """Passes over the data."""
+
+    steps: Annotated[int | None, optional("N", "from the epochs")] = None
+    """Number of steps, instead of epochs."""
+
+    batch_size: Annotated[int | None, _preset("B")] = None
+    """Conversations or documents per step, over all devices."""
+
+    micro_batches: Annotated[int | None, _preset("N")] = None
+    """Cut every batch into so many parts, one after the other, to save memory."""
+
+    remat: Annotated[Literal["none", "dots", "full"] | None, _preset("{none,dots,full}")] = None
+    """What layers compute again in the backward pass, to save memory: nothing, all but the products with weights, or
+    everything."""
+
+    warmup: Annotated[float | None, _preset("SHARE")] = None
+    """Share of the steps in which the learning rate rises to its peak; behind them it falls to 0, as a cosine does."""
+
+    weight_decay: Annotated[float | None, _preset("RATE")] = None
+    """Of everything that trains, decoupled (AdamW): times the learning rate."""
+
+    clip: Annotated[float | None, _preset("NORM")] = None
+    """Largest norm of the gradient of all that trains; 0 leaves it as it is."""
+
+    beta1: Annotated[float | None, _preset("B")] = None
+    """Of Adam: how much of the mean gradient is kept from step to step."""
+
+    beta2: Annotated[float | None, _preset("B")] = None
+    """Of Adam: the same of the mean square."""
+
+    epsilon: Annotated[float | None, _preset("E")] = None
+    """Of Adam: added to the root of the mean square."""
+
+    checkpoint_every: Annotated[int | None, _preset("STEPS")] = None
+    """Steps between checkpoints."""
+
+    keep: Annotated[int | None, _preset("N")] = None
+    """How many checkpoints are kept, the newest."""
+
+    log_every: Annotated[int | None, _preset("STEPS")] = None
+    """Steps between rows of the log, which are means over them."""
+
+    seed: int = 0
+    """Of the order of the data, of dropout, of first values and of drawn documents."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, optional("{float32,bfloat16,float16}", "as described")
+    ] = None
+    """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given. What trains is float32."""
 
 
 @dataclass(frozen=True)
@@ -29,62 +89,46 @@ class Training:
     image_folder: Annotated[Path | None, optional("DIR", "the data file's folder")] = None
     """What relative image paths are relative to."""
 
-    rank: Annotated[int | None, optional("R", "as in the preset")] = None
+    rank: Annotated[int | None, _preset("R")] = None
     """Of the low-rank updates of the language model; 0 for none."""
 
-    alpha: Annotated[float | None, optional("A", "as in the preset")] = None
+    alpha: Annotated[float | None, _preset("A")] = None
     """Updates are scaled by alpha / rank."""
 
-    dropout: Annotated[float | None, optional("P", "as in the preset")] = None
+    dropout: Annotated[float | None, _preset("P")] = None
     """Share of the input dropped on the low-rank way."""
 
-    target: Annotated[str | None, optional("REGEX", "as in the preset")] = None
+    target: Annotated[str | None, _preset("REGEX")] = None
     """Which projections of the language model, by path: 'language_model/layers/self_attn/(q|v)_proj'."""
 
-    learning_rate: Annotated[float | None, optional("RATE", "as in the preset")] = None
+    learning_rate: Annotated[float | None, _preset("RATE")] = None
     """Peak rate of the language model's updates."""
 
-    vision_rank: Annotated[int | None, optional("R", "as in the preset")] = None
+    vision_rank: Annotated[int | None, _preset("R")] = None
     """Of the low-rank updates of the vision tower; 0 for none."""
 
-    vision_alpha: Annotated[float | None, optional("A", "as in the preset")] = None
+    vision_alpha: Annotated[float | None, _preset("A")] = None
     """As --alpha, of the vision tower."""
 
-    vision_learning_rate: Annotated[float | None, optional("RATE", "as in the preset")] = None
+    vision_dropout: Annotated[float | None, _preset("P")] = None
+    """As --dropout, of the vision tower."""
+
+    vision_target: Annotated[str | None, _preset("REGEX")] = None
+    """As --target, of the vision tower: '(vision_tower|visual)/layers/.*'."""
+
+    vision_learning_rate: Annotated[float | None, _preset("RATE")] = None
     """Peak rate of the vision tower's updates."""
 
-    projector_learning_rate: Annotated[float | None, optional("RATE", "as in the preset")] = None
+    projector_learning_rate: Annotated[float | None, _preset("RATE")] = None
     """Peak rate of what joins tower and language model, trained whole; 0 leaves it frozen."""
 
-    epochs: Annotated[float | None, optional("N", "as in the preset")] = None
-    """Passes over the data."""
-
-    steps: Annotated[int | None, optional("N", "from the epochs")] = None
-    """Number of steps, instead of epochs."""
-
-    batch_size: Annotated[int | None, optional("B", "as in the preset")] = None
-    """Conversations per step, over all devices."""
-
-    micro_batches: Annotated[int | None, optional("N", "as in the preset")] = None
-    """Cut every batch into so many parts, one after the other, to save memory."""
-
-    max_tokens: Annotated[int | None, optional("T", "as in the preset")] = None
+    max_tokens: Annotated[int | None, _preset("T")] = None
     """Cut conversations behind so many tokens; 0 for the model's own limit."""
 
-    remat: Annotated[Literal["none", "dots", "full"] | None, optional("{none,dots,full}", "as in the preset")] = None
-    """What layers compute again in the backward pass, to save memory: nothing, all but the products with weights, or
-    everything."""
+    group_by_modality: Annotated[bool | None, optional("{True,False}", "as in the preset")] = None
+    """Whether a batch holds either conversations about images or conversations without, as LLaVA's do."""
 
-    checkpoint_every: Annotated[int | None, optional("STEPS", "as in the preset")] = None
-    """Steps between checkpoints."""
-
-    seed: int = 0
-    """Of the order of the data, of dropout and of first values."""
-
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, optional("{float32,bfloat16,float16}", "as described")
-    ] = None
-    """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given. What trains is float32."""
+    run: Steps = field(default_factory=Steps)
 
     devices: Devices = field(default_factory=Devices)
 
@@ -103,13 +147,11 @@ class SqLlava(Training):
     script has it. 'stage2': low-rank updates of language model and vision tower, and the projector. 'debug': six
     steps."""
 
-    sq_ratio: Annotated[float | None, optional("P", "as in the preset")] = None
+    sq_ratio: Annotated[float | None, _preset("P")] = None
     """Share of the questions (but the first of each conversation, and only of those about images) that the model learns
     to ask."""
 
-    conversation: Annotated[
-        Literal["template", "vicuna-sq"] | None, optional("{template,vicuna-sq}", "as in the preset")
-    ] = None
+    conversation: Annotated[Literal["template", "vicuna-sq"] | None, _preset("{template,vicuna-sq}")] = None
     """How conversations are written: by the checkpoint's own chat template, or as SQ-LLaVA was released."""
 
 
@@ -135,57 +177,35 @@ class Aim:
     documents: int = 3000
     """How many documents are drawn, without --data."""
 
-    tokens: Annotated[Literal["text", "answer", "all"] | None, optional("{text,answer,all}", "as in the preset")] = None
+    tokens: Annotated[Literal["text", "answer", "all"] | None, _preset("{text,answer,all}")] = None
     """Which tokens of a demonstration become virtual tokens: of question and answer, of the answer, or all but the
     images'."""
 
-    layer: Annotated[int | None, optional("L", "as in the preset")] = None
+    layer: Annotated[int | None, _preset("L")] = None
     """Take hidden states after so many layers; 0 for all of them."""
 
-    separator: Annotated[str | None, optional("TEXT", "as in the preset")] = None
+    separator: Annotated[str | None, _preset("TEXT")] = None
     """Text behind each demonstration's virtual tokens."""
 
-    projection: Annotated[Literal["linear", "mlp"] | None, optional("{linear,mlp}", "as in the preset")] = None
-    """One linear layer, or two with a GELU between them; a layer norm follows."""
+    projection: Annotated[Literal["linear", "mlp"] | None, _preset("{linear,mlp}")] = None
+    """One linear layer, or two with a GELU between them."""
 
-    initial: Annotated[Literal["identity", "random"] | None, optional("{identity,random}", "as in the preset")] = None
+    norm: Annotated[bool | None, optional("{True,False}", "as in the preset")] = None
+    """Whether a layer norm follows the projection."""
+
+    initial: Annotated[Literal["identity", "random"] | None, _preset("{identity,random}")] = None
     """What the projection starts as."""
 
-    shots: Annotated[str | None, optional("K,K,...", "as in the preset")] = None
+    shots: Annotated[str | None, _preset("K,K,...")] = None
     """Numbers of demonstrations, separated by commas; one is drawn for each step."""
 
-    pairs: Annotated[int | None, optional("N", "as in the preset")] = None
+    pairs: Annotated[int | None, _preset("N")] = None
     """Images and texts of a document that is made of single rows."""
 
-    learning_rate: Annotated[float | None, optional("RATE", "as in the preset")] = None
+    learning_rate: Annotated[float | None, _preset("RATE")] = None
     """Peak rate."""
 
-    epochs: Annotated[float | None, optional("N", "as in the preset")] = None
-    """Passes over the documents."""
-
-    steps: Annotated[int | None, optional("N", "from the epochs")] = None
-    """Number of steps, instead of epochs."""
-
-    batch_size: Annotated[int | None, optional("B", "as in the preset")] = None
-    """Documents per step, over all devices."""
-
-    micro_batches: Annotated[int | None, optional("N", "as in the preset")] = None
-    """Cut every batch into so many parts, one after the other, to save memory."""
-
-    remat: Annotated[Literal["none", "dots", "full"] | None, optional("{none,dots,full}", "as in the preset")] = None
-    """What layers compute again in the backward pass, to save memory: nothing, all but the products with weights, or
-    everything."""
-
-    checkpoint_every: Annotated[int | None, optional("STEPS", "as in the preset")] = None
-    """Steps between checkpoints."""
-
-    seed: int = 0
-    """Of drawn documents, of the order of the data and of first values."""
-
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, optional("{float32,bfloat16,float16}", "as described")
-    ] = None
-    """Number format of the model: float32 on a CPU and bfloat16 on TPU and GPU unless given. What trains is float32."""
+    run: Steps = field(default_factory=Steps)
 
     devices: Devices = field(default_factory=Devices)
 
@@ -292,10 +312,10 @@ class Plan:
     largest: tyro.conf.FlagCreatePairsOff[bool] = False
     """Look for the largest batch that fits, too: compiles two to four programs more. Of 'extract' only."""
 
-    micro_batches: Annotated[int | None, optional("N", "as in the preset")] = None
+    micro_batches: Annotated[int | None, _preset("N")] = None
     """Cut every batch into so many parts, one after the other."""
 
-    remat: Annotated[Literal["none", "dots", "full"] | None, optional("{none,dots,full}", "as in the preset")] = None
+    remat: Annotated[Literal["none", "dots", "full"] | None, _preset("{none,dots,full}")] = None
     """What layers compute again in the backward pass."""
 
     max_tokens: int = 2048

@@ -11,7 +11,7 @@ Three layouts are read, all by :func:`read_examples`:
 
 Everything that can be checked without opening a picture or video is checked while reading, so that a bad row is
 reported before any model runs. Every complaint is a :class:`~sav_jax.errors.UserError` of one line naming file, line
-and field.
+(and row, in a list) and field.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from sav_jax.errors import UserError
-from sav_jax.jsonrows import json_kind, json_rows
+from sav_jax.jsonrows import json_kind, json_rows, misspelt
 from sav_jax.models.video import VideoShape
 from sav_jax.video import VIDEO_SUFFIXES, AnyVideo, Video, VideoError, video_digest, video_frames, video_shape
 
@@ -308,9 +308,9 @@ def read_examples(
     examples: list[Example] = []
     problems: list[str] = []
     number = 0
-    for number, (line, row) in enumerate(json_rows(root), start=1):
+    for number, (source, row) in enumerate(json_rows(root), start=1):
         try:
-            examples.append(_example(root, line, number - 1, row, question, require_labels, frames))
+            examples.append(_example(root, source, number - 1, row, question, require_labels, frames))
         except UserError as problem:
             problems.append(str(problem))
     if problems:
@@ -325,10 +325,9 @@ def read_examples(
 
 
 def _example(
-    path: Path, line: int, number: int, row: Any, question: str | None, require_labels: bool, frames: int
+    path: Path, source: str, number: int, row: Any, question: str | None, require_labels: bool, frames: int
 ) -> Example:
     """Check one parsed row and make it an Example; raise UserError naming file, line and field."""
-    source = f"{path}:{line}"
     if isinstance(row, UserError):
         raise row
     if not isinstance(row, dict):
@@ -362,8 +361,8 @@ def _example(
 
     paths: dict[str, list[Path]] = {"image": [], "video": []}
     for field in paths:
-        if field not in row and f"{field}s" in row:
-            raise bad(f"{field}s", f'is not known; "{field}" takes a path or a list of paths')
+        if wrong := misspelt(row, (field,)):
+            raise bad(wrong[0], f'is not known; "{field}" takes a path or a list of paths')
         items = row.get(field)
         if items is None:
             items = []
@@ -372,7 +371,7 @@ def _example(
                 raise bad(field, f"must be a path or a list of paths, not {json_kind(item)}")
             if not item.strip():
                 raise bad(field, "holds an empty path")
-            if problem := _path_problem(path.parent, item):
+            if problem := path_problem(path.parent, item):
                 raise bad(field, problem)
             # The SAVs release names videos in "image", too.
             kind = "video" if item.lower().endswith(VIDEO_SUFFIXES) else field
@@ -388,7 +387,8 @@ def _example(
     )
 
 
-def _path_problem(root: Path, item: str) -> str | None:
+def path_problem(root: Path, item: str) -> str | None:
+    """What is wrong with a row's path of a file, relative to ``root``; None if it is there."""
     shown = repr(item if len(item) <= 200 else item[:200] + "...")
     if "\0" in item or "://" in item or item.startswith("data:"):
         return f"must be the path of a local file, not {shown}"

@@ -1,17 +1,21 @@
-"""JSON Lines files and JSON lists, row by row, each with the line it begins on."""
+"""JSON Lines files and JSON lists, row by row, each with where it stands."""
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sav_jax.errors import UserError
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (1-based line, parsed value or the UserError of that line) of a JSON Lines file or a JSON list.
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (where it stands, parsed value or the UserError of that line) of a JSON Lines file or a JSON list.
+
+    Where is ``file:line``, counted from 1. Items of a list that share a line are told apart by their number in the
+    list, counted from 0, and their ``"id"`` if they have one: ``data.json:1, row 3, id "x"``.
 
     Raises:
       UserError: if the file cannot be read, or a JSON list is malformed: its other items cannot then be told apart.
@@ -32,15 +36,19 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
             try:
-                yield line, json.loads(content)
+                yield f"{path}:{line}", json.loads(content)
             except (json.JSONDecodeError, RecursionError) as error:
-                yield line, UserError(f"{path}:{line}: {_json_problem(error)} (one JSON object per line is expected)")
+                yield (
+                    f"{path}:{line}",
+                    UserError(f"{path}:{line}: {_json_problem(error)} (one JSON object per line is expected)"),
+                )
 
 
-def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """Decode the list's items one by one, to know the line on which each begins."""
     decoder = json.JSONDecoder()
     position = _skip_space(text, text.index("[") + 1)
+    before, number = 0, 0
     line, counted = text.count("\n", 0, position) + 1, position
     if text[position : position + 1] != "]":
         while True:
@@ -50,13 +58,15 @@ def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"{path}:{error.lineno}: {_json_problem(error)}") from None
             except RecursionError as error:
                 raise UserError(f"{path}:{line}: {_json_problem(error)}") from None
-            yield line, value
             position = _skip_space(text, end)
             mark = text[position : position + 1]
+            ahead = _skip_space(text, position + 1) if mark == "," else position
+            below = line + text.count("\n", counted, ahead)
+            alone = before < line and (mark != "," or line < below)
+            yield f"{path}:{line}" if alone else f"{path}:{line}, row {number}{_id_of(value)}", value
             if mark != ",":
                 break
-            position = _skip_space(text, position + 1)
-            line, counted = line + text.count("\n", counted, position), position
+            before, line, counted, position, number = line, below, ahead, ahead, number + 1
         if mark != "]":
             line += text.count("\n", counted, position)
             raise UserError(f'{path}:{line}: malformed JSON: "," or "]" is missing after an item of the list')
@@ -64,6 +74,11 @@ def _json_list(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     if rest != len(text):
         line = text.count("\n", 0, rest) + 1
         raise UserError(f"{path}:{line}: malformed JSON: something follows the end of the list")
+
+
+def _id_of(value: Any) -> str:
+    name = value.get("id") if isinstance(value, dict) else None
+    return f", id {json.dumps(name, ensure_ascii=False)[:100]}" if isinstance(name, str | int) else ""
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -76,6 +91,20 @@ def _json_problem(error: json.JSONDecodeError | RecursionError) -> str:
     if isinstance(error, RecursionError):
         return "malformed JSON: nested too deeply"
     return f"malformed JSON: {error.msg} at column {error.colno}"
+
+
+def misspelt(row: Mapping[str, Any], fields: Iterable[str]) -> tuple[str, str] | None:
+    """A key of the row that is probably meant to be one of the fields, which the row lacks; and that field.
+
+    Other keys that nobody reads are common in published files and mean nothing.
+    """
+    for field in fields:
+        if row.get(field) is None:
+            for key in row:
+                alike = difflib.get_close_matches(key.lower(), [field], 1, 0.8)
+                if alike and key != field and not key.startswith(f"{field}_"):  # "image_id" is another thing
+                    return key, field
+    return None
 
 
 def json_kind(value: Any) -> str:

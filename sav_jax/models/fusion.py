@@ -58,6 +58,14 @@ class Fusion(nn.Module):
         return LayerNorm(_EPS, name="norm")(x) if self.config.norm else x
 
 
+def check_initial(config: FusionConfig, initial: str) -> None:
+    """Raise a UserError unless a projection can start so, see :func:`initial_params`."""
+    if initial not in INITIAL:
+        raise UserError(f"initial {initial!r} is not known (known: {', '.join(INITIAL)})")
+    if initial == "identity" and config.kind != "linear":
+        raise UserError("initial 'identity' is for a linear projection; an mlp starts 'random'")
+
+
 def initial_params(config: FusionConfig, seed: int, initial: str, length: float) -> dict[str, np.ndarray]:
     """What training starts with.
 
@@ -73,10 +81,7 @@ def initial_params(config: FusionConfig, seed: int, initial: str, length: float)
     Raises:
         UserError: ``initial`` is not known, or the identity is asked of an MLP.
     """
-    if initial not in INITIAL:
-        raise UserError(f"initial {initial!r} is not known (known: {', '.join(INITIAL)})")
-    if initial == "identity" and config.kind != "linear":
-        raise UserError("initial 'identity' is for a linear projection; an mlp starts 'random'")
+    check_initial(config, initial)
     made: Any = Fusion(config).init(jax.random.key(seed), jnp.zeros((1, 1, config.width), jnp.float32))
     params = {path: np.array(value) for path, value in traverse_util.flatten_dict(made["params"], sep="/").items()}
     if initial == "identity":

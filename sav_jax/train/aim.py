@@ -33,14 +33,14 @@ from sav_jax.errors import UserError
 from sav_jax.examples import VIRTUAL_MARK, Example, VirtualTokens
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Array, Batch
-from sav_jax.models.fusion import FusionConfig, initial_params
+from sav_jax.models.fusion import FusionConfig, check_initial, initial_params
 from sav_jax.models.multimodal import MultimodalModel, rematerialized
 from sav_jax.models.processor import Prompt, virtual_places
 from sav_jax.sharding import own_rows
 from sav_jax.train import loop
 from sav_jax.train.chats import ChatFormat, Lesson, chat_format
-from sav_jax.train.data import LessonBatch, Sizes, plan_steps, round_targets, supervised
-from sav_jax.train.optimizer import Group, Optimization, trainable_groups
+from sav_jax.train.data import LessonBatch, Sizes, padding_of, plan_steps, round_targets, supervised, with_image
+from sav_jax.train.optimizer import Group, Optimization, check, trainable_groups
 from sav_jax.train.supervised import next_token_loss
 
 Document = tuple[Example, ...]
@@ -85,8 +85,10 @@ class AimRecipe:
             raise UserError("shots must name numbers of demonstrations of at least 1")
         if self.pairs < 2:
             raise UserError(f"pairs must be at least 2, not {self.pairs}: demonstrations and a query")
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate must be above 0, not {self.learning_rate}")
+        check(self, ("learning_rate", "epochs"), "above 0", lambda x: x > 0)
+        check(self, ("layer", "weight_decay", "steps"), "at least 0", lambda x: x >= 0)
+        check_initial(FusionConfig(1, self.projection, self.norm), self.initial)
+        _ = self.layout("")
 
     def layout(self, answer_lead: str) -> Layout:
         """How demonstrations are read, with what the model writes before an answer's own text."""
@@ -123,17 +125,6 @@ AIM_PRESETS: Mapping[str, AimRecipe] = {
 }
 """``default``: with the learning rate of the same group's SelfCP (arXiv 2405.17052). ``tiny``: for the bundled model.
 ``debug``: six steps."""
-
-
-def overridden(preset: AimRecipe, options: Mapping[str, Any]) -> AimRecipe:
-    """The preset with every option that is given (not None) and that a recipe or its optimisation has."""
-    given = {name: value for name, value in options.items() if value is not None}
-    inner = {f.name for f in dataclasses.fields(Optimization)} - {"steps"}
-    outer = {f.name for f in dataclasses.fields(AimRecipe)} - {"optimization"}
-    optimization = replace(preset.optimization, **{n: v for n, v in given.items() if n in inner})
-    if "epochs" in given and "steps" not in given:
-        given["steps"] = 0
-    return replace(preset, **{n: v for n, v in given.items() if n in outer}, optimization=optimization)
 
 
 @struct.dataclass
@@ -211,12 +202,14 @@ class AimPlan:
         shots: K.
         virtual: M.
         targets: of a prompt.
+        tokens: of all demonstrations and prompts, without padding.
     """
 
     bucket: Bucket
     reading: Bucket
     shots: int
     targets: int
+    tokens: int
     rows: tuple[tuple[int, int], ...]
 
 
@@ -261,7 +254,12 @@ class AimData:
 
     def names(self, step: int) -> str:
         """The documents of a step, for error messages."""
-        return ", ".join(self.documents[row][0].source or str(row) for row, _ in self.plans[step].rows)
+        return "; ".join(self.documents[row][0].source or str(row) for row, _ in self.plans[step].rows)
+
+    def tokens(self, step: int) -> tuple[int, int]:
+        """Of demonstrations and prompts."""
+        plan = self.plans[step]
+        return plan.tokens, len(plan.rows) * (plan.shots * plan.reading.tokens + plan.bucket.tokens)
 
     def _plan(self, row: int, pair: int) -> tuple[Prompt, np.ndarray]:
         return plan_demonstration(self.lmm.processor, self.documents[row][pair], self.layout)
@@ -288,6 +286,7 @@ class AimData:
             _bucket(read, 0),
             shots,
             round_targets(max(int((lesson.targets >= 0).sum()) for lesson in lessons)),
+            sum(len(prompt.token_ids) for prompt in (*read, *(lesson.prompt for lesson in lessons))),
             tuple(rows),
         )
 
@@ -311,14 +310,17 @@ class AimData:
                 taken += (where + k * plan.reading.tokens).tolist() if k < number else []
             places[i, : len(taken)] = taken
         pixels = self.lmm.processor.pixels
+        every = [(row, pair) for row, _ in plan.rows for pair in range(min(plan.shots, len(self.documents[row]) - 1))]
+        demonstrations = (self._planned(row, pair)[0] for row, pair in every)
+        asking = (self._lesson(row, plan.shots).prompt for row, _ in plan.rows)
         read = assemble(
             BatchPlan(plan.reading, tuple(range(len(prompts))), len(prompts)),
-            prompts,
+            with_image(prompts, plan.reading, demonstrations),
             [pixels(example.load_images()) for example in shown],
         )
         asked = assemble(
             BatchPlan(plan.bucket, tuple(range(len(rows))), len(rows)),
-            [lesson.prompt for lesson in lessons],
+            with_image([lesson.prompt for lesson in lessons], plan.bucket, asking),
             [pixels(example.load_images()) for example in queries],
         )
         return AimBatch(
@@ -386,11 +388,13 @@ def train_aim(lmm: LMM, documents: Sequence[Document], recipe: AimRecipe, output
         shardings=None if mesh is None else dict.fromkeys(initial, NamedSharding(mesh, PartitionSpec())),
         facts=facts,
     )
+    loop.check(problem, settings, output)
     data = AimData(lmm, documents, recipe, form)
     if progress and jax.process_index() == 0:
         number = sum(value.size for value in initial.values())
         print(
-            f"{len(documents)} documents; {settings.steps} steps of {settings.batch_size}; {number:,} parameters train",
+            f"{len(documents)} documents; {settings.steps} steps of {settings.batch_size}, padding "
+            f"{padding_of(data):.1%} of the tokens; {number:,} parameters train",
             file=sys.stderr,
         )
     trained = jax.device_get(loop.train(problem, data, settings, output, progress))

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from sav_jax.errors import UserError
-from sav_jax.examples import IMAGE_MARK, Example, read_examples
-from sav_jax.jsonrows import json_kind, json_rows
+from sav_jax.examples import IMAGE_MARK, Example, path_problem, read_examples
+from sav_jax.jsonrows import json_kind, json_rows, misspelt
 from sav_jax.models.processor import Processor, Prompt
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
@@ -67,13 +67,13 @@ def read_chats(path: str | Path, image_folder: str | Path | None = None) -> list
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; a file of conversations or labelled rows is expected")
-    first = next(iter(json_rows(path)), None)
-    if first is None or not (isinstance(first[1], dict) and "conversations" in first[1]):
+    first = next((row for _, row in json_rows(path)), None)
+    if not isinstance(first, dict) or not ("conversations" in first or misspelt(first, ("conversations",))):
         return [chat_of(example) for example in read_examples(path, require_labels=True)]
     chats, problems = [], []
-    for number, (line, row) in enumerate(json_rows(path)):
+    for number, (source, row) in enumerate(json_rows(path)):
         try:
-            chats.append(_chat(path, line, number, row, Path(image_folder or path.parent)))
+            chats.append(_chat(source, number, row, Path(image_folder or path.parent)))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -90,20 +90,28 @@ def chat_of(example: Example, answer: str | None = None) -> Chat:
     return Chat((Turn("user", example.question), Turn("assistant", answer)), example)
 
 
-def _chat(path: Path, line: int, number: int, row: Any, folder: Path) -> Chat:
-    source = f"{path}:{line}"
+def _chat(source: str, number: int, row: Any, folder: Path) -> Chat:
     if isinstance(row, UserError):
         raise row
     if not isinstance(row, dict):
         raise UserError(f"{source}: a JSON object is expected, not {json_kind(row)}")
+    if wrong := misspelt(row, ("conversations", "image")):
+        raise UserError(f'{source}: field "{wrong[0]}" is not known; is "{wrong[1]}" meant?')
+    if row.get("video") or row.get("videos"):
+        raise UserError(f'{source}: field "video" is read from labelled rows only, not from conversations')
     said = row.get("conversations")
     if not isinstance(said, list) or not said:
         raise UserError(f'{source}: field "conversations" must be a list of turns')
     turns = []
     for place, turn in enumerate(said):
         where = f'{source}: field "conversations", turn {place}'
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise UserError(f'{where}: must be an object with "from" and "value"')
+        if not isinstance(turn, dict):
+            raise UserError(f'{where}: must be an object with "from" and "value", not {json_kind(turn)}')
+        for key in ("from", "value"):
+            if key not in turn:
+                raise UserError(f'{where}: "{key}" is missing')
+        if not isinstance(turn["value"], str):
+            raise UserError(f'{where}: "value" must be a string, not {json_kind(turn["value"])}')
         role = ROLES.get(str(turn.get("from")))
         if role is None:
             raise UserError(f"{where}: speaker {turn.get('from')!r} is not known (known: human, gpt)")
@@ -117,16 +125,19 @@ def _chat(path: Path, line: int, number: int, row: Any, folder: Path) -> Chat:
         turns.pop()
     if not turns:
         raise UserError(f"{source}: nothing is answered")
-    images = row.get("image") or []
-    images = images if isinstance(images, list) else [images]
+    given = row.get("image")
+    images = given if isinstance(given, list) else [] if given is None else [given]
     for item in images:
         if not isinstance(item, str):
             raise UserError(f'{source}: field "image" must be a path or a list of paths, not {json_kind(item)}')
-        if not (folder / item).is_file():
-            raise UserError(f'{source}: field "image" names {item!r}, which does not exist (looked for from {folder})')
+        if problem := path_problem(folder, item):
+            raise UserError(f'{source}: field "image" {problem}')
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     if marks not in (0, len(images)):
-        raise UserError(f"{source}: {marks} {IMAGE_MARK} marks for {len(images)} images")
+        raise UserError(
+            f'{source}: field "conversations" holds {marks} {IMAGE_MARK} mark{"s"[: marks != 1]} for {len(images)} '
+            f'image{"s"[: len(images) != 1]} in field "image"'
+        )
     name = str(row.get("id", number))
     media = Example("-", tuple(folder / item for item in images), id=name, source=source)
     return Chat(tuple(turns), media)
@@ -347,7 +358,10 @@ def lesson(processor: Processor, chat: Chat, form: ChatFormat, max_tokens: int |
         verbose=False,
     )
     ids = np.asarray(encoded["input_ids"], np.int32)
-    learned = np.array([any(a < stop and start < b for start, stop in spans) for a, b in encoded["offset_mapping"]])
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    learned = np.zeros(len(ids), bool)
+    for start, stop in spans:
+        learned |= (offsets[:, 0] < stop) & (start < offsets[:, 1])
     prompt = processor.expand(encoded["input_ids"], chat.media.image_sizes())
     placeholder = ids == processor.config.image_token_id
     targets = np.full(len(prompt.token_ids), -1, np.int32)

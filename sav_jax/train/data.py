@@ -10,17 +10,20 @@ Axes: B batch, T tokens, R targets of the longest row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from flax import struct
+from tqdm import tqdm
 
 from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_tokens
 from sav_jax.errors import UserError
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Array, Batch
+from sav_jax.models.processor import Prompt
 from sav_jax.sharding import own_rows
 from sav_jax.train.chats import Chat, ChatFormat, Lesson, lesson, with_questions
 
@@ -44,10 +47,16 @@ class LessonBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Rows of one step and the epoch of each, which decides what is drawn for it."""
+    """Rows of one step and the epoch of each, which decides what is drawn for it.
+
+    Attributes:
+        bucket, targets: static shapes of its arrays.
+        tokens: of all rows, without padding.
+    """
 
     bucket: Bucket
     targets: int
+    tokens: int
     rows: tuple[tuple[int, int], ...]
 
 
@@ -104,7 +113,14 @@ def _step(sizes: Sequence[Sizes], rows: Sequence[tuple[int, int]]) -> StepPlan:
         round_rows(max(m.rows for m in members)),
         max(m.taps for m in members),
     )
-    return StepPlan(bucket, round_targets(max(m.targets for m in members)), tuple(rows))
+    targets = round_targets(max(m.targets for m in members))
+    return StepPlan(bucket, targets, sum(m.tokens for m in members), tuple(rows))
+
+
+def padding_of(data: Any) -> float:
+    """Share of the tokens in all batches of a run that is padding."""
+    real, computed = np.sum([data.tokens(step) for step in range(len(data))], axis=0)
+    return float(1 - real / computed)
 
 
 def round_targets(number: int) -> int:
@@ -117,7 +133,6 @@ class ChatData:
 
     Attributes:
         plans: one for each step of the run.
-        padding: share of the tokens in all batches that is padding.
         cut: conversations that were longer than ``max_tokens``.
     """
 
@@ -133,17 +148,16 @@ class ChatData:
         sq_ratio: float = 0.0,
         max_tokens: int | None = None,
         group_by_modality: bool = False,
+        progress: bool = False,
     ):
         if not chats:
             raise UserError("there is nothing to train on")
         self.lmm, self.chats, self.form = lmm, chats, form
         self.seed, self.sq_ratio, self.max_tokens = seed, sq_ratio, max_tokens or lmm.max_tokens
-        every = [_sizes(self._lesson(row, None)) for row in range(len(chats))]
+        rows = tqdm(range(len(chats)), "planning", unit=" rows", file=sys.stderr, disable=not progress, mininterval=0.5)
+        every = [_sizes(self._lesson(row, None)) for row in rows]
         self.cut = sum(size.tokens == self.max_tokens for size in every)
         self.plans = plan_steps(every, batch_size, steps, seed, group_by_modality)
-        # The longest of what may be drawn decides the bucket: the count is of these lengths.
-        real = sum(every[row].tokens for plan in self.plans for row, _ in plan.rows)
-        self.padding = 1 - real / sum(plan.bucket.tokens * len(plan.rows) for plan in self.plans)
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -158,7 +172,12 @@ class ChatData:
 
     def names(self, step: int) -> str:
         """The conversations of a step, for error messages."""
-        return ", ".join(self.chats[row].source or str(row) for row, _ in self.plans[step].rows)
+        return "; ".join(self.chats[row].source or str(row) for row, _ in self.plans[step].rows)
+
+    def tokens(self, step: int) -> tuple[int, int]:
+        """Of the longest form of what may be drawn: it decides the bucket."""
+        plan = self.plans[step]
+        return plan.tokens, plan.bucket.tokens * len(plan.rows)
 
     def __getitem__(self, step: int) -> LessonBatch:
         """This process's rows of a step, as host arrays."""
@@ -168,8 +187,18 @@ class ChatData:
         media = [self.chats[row].media for row, _ in rows]
         pixels = [self.lmm.processor.pixels(example.load_images(), example.load_videos()) for example in media]
         own = BatchPlan(plan.bucket, tuple(range(len(rows))), len(rows))
-        batch = assemble(own, [one.prompt for one in lessons], pixels)
+        whole = (self._lesson(row, epoch).prompt for row, epoch in plan.rows)
+        batch = assemble(own, with_image([one.prompt for one in lessons], plan.bucket, whole), pixels)
         return supervised(batch, [one.targets for one in lessons], plan.targets)
+
+
+def with_image(own: list[Prompt], bucket: Bucket, whole: Iterable[Prompt]) -> list[Prompt]:
+    """This process's prompts and, if none of them has an image but the whole batch has, one more that has: of it
+    :func:`~sav_jax.batching.assemble` learns what arrays the images have.
+    """
+    if not bucket.rows or any(prompt.num_rows for prompt in own):
+        return own
+    return [*own, next(prompt for prompt in whole if prompt.num_rows)]
 
 
 def supervised(batch: Batch, targets: Sequence[np.ndarray], width: int) -> LessonBatch:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from sav_jax.errors import UserError
-from sav_jax.examples import IMAGE_MARK, Example
-from sav_jax.jsonrows import json_kind, json_rows
+from sav_jax.examples import IMAGE_MARK, Example, path_problem
+from sav_jax.jsonrows import json_kind, json_rows, misspelt
 from sav_jax.train.aim import Document
 from sav_jax.train.chats import read_chats
 from sav_jax.world.scene import Scene, draw, sample_scene
@@ -49,9 +49,9 @@ def read_documents(
             raise UserError(f"{path}: {len(rows)} rows do not fill a document of {pairs} pairs")
         return grouped(rows, pairs, seed)
     documents, problems = [], []
-    for line, row in json_rows(path):
+    for source, row in json_rows(path):
         try:
-            documents.append(_document(f"{path}:{line}", row, Path(image_folder or path.parent)))
+            documents.append(_document(source, row, Path(image_folder or path.parent)))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -81,6 +81,8 @@ def _document(source: str, row: Any, folder: Path) -> Document:
         where = f'{source}: field "segments", item {place}'
         if not isinstance(segment, dict):
             raise UserError(f"{where}: must be an object, not {json_kind(segment)}")
+        if wrong := misspelt(segment, ("image", "text", "question")):
+            raise UserError(f'{where}: field "{wrong[0]}" is not known; is "{wrong[1]}" meant?')
         image, text, question = segment.get("image"), segment.get("text"), segment.get("question", IMAGE_MARK)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f'{where}: field "text" must be a text that is not empty')
@@ -88,8 +90,8 @@ def _document(source: str, row: Any, folder: Path) -> Document:
             raise UserError(f'{where}: field "question" must be a text, not {json_kind(question)}')
         if not isinstance(image, str):
             raise UserError(f'{where}: field "image" must be a path, not {json_kind(image)}')
-        if not (folder / image).is_file():
-            raise UserError(f'{where}: field "image" names {image!r}, which does not exist (looked for from {folder})')
+        if problem := path_problem(folder, image):
+            raise UserError(f'{where}: field "image" {problem}')
         pairs.append(Example(question, (folder / image,), text, id=str(place), source=f"{source}, item {place}"))
     return tuple(pairs)
 

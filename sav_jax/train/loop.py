@@ -31,6 +31,8 @@ from sav_jax.sharding import data_size, on, put_own_rows
 from sav_jax.train.data import batches
 from sav_jax.train.optimizer import Group, Optimization, Pace, preconditioner, updated
 
+_SHOWN = 8  # settings that differ, in a message
+
 Trainable = dict[str, jax.Array]
 """Path -> float32 array."""
 Loss = Callable[[Mapping[str, jax.Array], Any, Any, jax.Array], tuple[jax.Array, jax.Array]]
@@ -44,6 +46,10 @@ class Data(Protocol):
     def __getitem__(self, step: int) -> Any: ...
     def names(self, step: int) -> str:
         """What the batch of a step is made of, for error messages."""
+        ...
+
+    def tokens(self, step: int) -> tuple[int, int]:
+        """Tokens of a step's whole batch: real ones, and those computed, which have the padding, too."""
         ...
 
 
@@ -194,7 +200,9 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
     """Train to the end, going on from the latest checkpoint in ``directory``.
 
     The directory gets ``run.json`` (the facts), ``log.jsonl`` (a row per ``log_every`` steps), ``checkpoints/`` and
-    ``tensorboard/``.
+    ``tensorboard/``. A row has the mean loss and gradient norm of the ``steps`` up to its own ``step``, counted from 1
+    (the first row of a resumed run may be of fewer), real tokens per second of all time but what compiling takes, and
+    the share of padding in all tokens.
 
     Returns:
         What was trained.
@@ -202,12 +210,7 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
     Raises:
         UserError: the directory holds a run of other facts, or the loss is not finite; names step and rows.
     """
-    multiple = data_size(problem.mesh) * settings.micro_batches
-    if settings.batch_size % multiple:
-        raise UserError(
-            f"batch_size {settings.batch_size} is no multiple of {multiple} (micro-batches times devices that share a "
-            "batch)"
-        )
+    check(problem, settings, directory)
     directory = directory.absolute()
     by_the_first(lambda: _claim(directory, dict(problem.facts or {})))
     transform = transform_of(settings)
@@ -219,9 +222,18 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
         step_function = make_step(problem.loss, transform, settings.micro_batches)
         with _Log(directory, first, settings, progress) as log:
             waiting: list[tuple[int, dict[str, jax.Array]]] = []
-            for step, batch in zip(range(first, len(data)), batches(data, first), strict=False):
+            compiled: set[Any] = set()
+            for step, batch in zip(range(first, len(data)), batches(data, first), strict=True):
+                batch = put_own_rows(batch, problem.mesh)
+                shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+                if new := shapes not in compiled:
+                    compiled.add(shapes)
+                    jax.block_until_ready(state)  # so that nothing is trained while it compiles
+                started = time.perf_counter()
                 with on(problem.mesh):
-                    state, metrics = step_function(state, problem.frozen, put_own_rows(batch, problem.mesh), pace)
+                    state, metrics = step_function(state, problem.frozen, batch, pace)
+                if new:  # the call returns when it has compiled, and does not wait for what it computes
+                    log.leave_out(time.perf_counter() - started)
                 waiting.append((step, metrics))
                 last = step + 1 == len(data)
                 due = (step + 1) % settings.checkpoint_every == 0 or last
@@ -238,11 +250,31 @@ def _finite(metrics: Mapping[str, jax.Array], step: int, data: Data) -> dict[str
     values = {name: float(value) for name, value in metrics.items()}
     for name, value in values.items():
         if not np.isfinite(value):
-            raise UserError(f"step {step}: {name.replace('_', ' ')} is {value}; its rows: {data.names(step)}")
+            raise UserError(f"step {step + 1}: {name.replace('_', ' ')} is {value}; its rows: {data.names(step)}")
     return values
 
 
-def _claim(directory: Path, facts: dict[str, Any]) -> None:
+def check_batch(settings: Optimization, mesh: Mesh | None) -> None:
+    """Raise a UserError unless the devices can share the micro-batches."""
+    multiple = data_size(mesh) * settings.micro_batches
+    if settings.batch_size % multiple:
+        raise UserError(
+            f"batch_size {settings.batch_size} is no multiple of {multiple} (micro-batches times devices that share a "
+            "batch)"
+        )
+
+
+def check(problem: Problem, settings: Optimization, directory: Path) -> None:
+    """What can be refused before the data is planned, which may take minutes.
+
+    Raises:
+        UserError: the devices cannot share the batch, or the directory holds a run of other facts or other things.
+    """
+    check_batch(settings, problem.mesh)
+    by_the_first(lambda: _claim(directory, dict(problem.facts or {}), write=False))
+
+
+def _claim(directory: Path, facts: dict[str, Any], write: bool = True) -> None:
     """Make the directory this run's, or refuse."""
     file = directory / "run.json"
     facts = json.loads(json.dumps(facts))
@@ -251,17 +283,33 @@ def _claim(directory: Path, facts: dict[str, Any]) -> None:
             old = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"{file}: unreadable ({error})") from None
-        different = [name for name in {**old, **facts} if old.get(name) != facts.get(name)]
+        there, here = _flat(old), _flat(facts)
+        different = [
+            f"{name}: {_short(there.get(name))} there, {_short(here.get(name))} asked for"
+            for name in {**there, **here}
+            if there.get(name) != here.get(name)
+        ]
         if different:
-            name = different[0]
+            more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
             raise UserError(
-                f"{directory}: holds a run with other settings ({name}: {_short(old.get(name))} there, "
-                f"{_short(facts.get(name))} asked for); resume it with the same, or choose another folder"
+                f"{directory}: holds a run with other settings ({'; '.join(different[:_SHOWN])}{more}); resume it with "
+                "the same, or choose another folder"
             )
     elif directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: holds other things (no run.json); choose another folder for the output")
-    else:
+    elif write:
         write_file(file, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _flat(facts: Any, name: str = "") -> dict[str, Any]:
+    """``{"recipe": {"rank": 4}}`` -> ``{"recipe.rank": 4}``."""
+    if not isinstance(facts, dict):
+        return {name: facts}
+    return {
+        path: value
+        for key, inner in facts.items()
+        for path, value in _flat(inner, f"{name}.{key}" if name else str(key)).items()
+    }
 
 
 def _short(value: Any) -> str:
@@ -306,7 +354,7 @@ class _Log:
         self._file = directory / "log.jsonl"
         self._settings = settings
         self._pending: list[dict[str, float]] = []
-        self._tokens, self._since = 0, time.perf_counter()
+        self._tokens, self._computed, self._since = 0, 0, time.perf_counter()
         main = jax.process_index() == 0
         self._writer: Any = None
         if main:
@@ -315,7 +363,7 @@ class _Log:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first or None)
             if self._file.exists():
                 rows = self._file.read_text().splitlines()
-                kept = [row for row in rows if json.loads(row)["step"] <= first]
+                kept = [row for row in rows if 0 < _step_of(row) <= first]
                 write_file(self._file, "".join(row + "\n" for row in kept).encode())
         self._bar = tqdm(
             total=settings.steps,
@@ -335,26 +383,36 @@ class _Log:
         if self._writer is not None:
             self._writer.close()
 
-    def add(self, step: int, values: dict[str, float], data: Any) -> None:
+    def leave_out(self, seconds: float) -> None:
+        """Take a time out of the rate of tokens."""
+        self._since += seconds
+
+    def add(self, step: int, values: dict[str, float], data: Data) -> None:
         self._bar.update()
         self._pending.append(values)
-        self._tokens += tokens_of(data, step)
+        real, computed = data.tokens(step)
+        self._tokens += real
+        self._computed += computed
         done = step + 1
         if done % self._settings.log_every and done != self._settings.steps:
             return
         seconds = time.perf_counter() - self._since
         means = {name: float(np.mean([row[name] for row in self._pending])) for name in values}
         rate = self._tokens / max(seconds, 1e-9)
-        self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:,.0f} tokens/s")
+        padding = 1 - self._tokens / self._computed
+        self._bar.set_postfix_str(f"loss {means['loss']:.4f}, {rate:,.0f} tokens/s, {padding:.0%} padding")
         if self._writer is not None:
             with self._file.open("a") as file:
-                file.write(json.dumps({"step": done, **means, "tokens_per_second": round(rate, 1)}) + "\n")
-            for name, value in {**means, "tokens_per_second": rate}.items():
+                more = {"tokens_per_second": round(rate, 1), "padding": round(padding, 4)}
+                file.write(json.dumps({"step": done, "steps": len(self._pending), **means, **more}) + "\n")
+            for name, value in {**means, "tokens_per_second": rate, "padding": padding}.items():
                 self._writer.add_scalar(name, value, done)
-        self._pending, self._tokens, self._since = [], 0, time.perf_counter()
+        self._pending, self._tokens, self._computed, self._since = [], 0, 0, time.perf_counter()
 
 
-def tokens_of(data: Any, step: int) -> int:
-    """Tokens of a step's batch, with padding; 0 if the data does not say."""
-    plans = getattr(data, "plans", None)
-    return 0 if plans is None else plans[step].bucket.tokens * len(plans[step].rows)
+def _step_of(row: str) -> int:
+    """Of a row of the log; 0 if a kill has torn it."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

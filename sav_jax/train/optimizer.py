@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,22 @@ import optax
 from flax import struct
 
 from sav_jax.errors import UserError
+
+REMAT = ("none", "dots", "full")
+
+
+def check(settings: Any, names: Iterable[str], wanted: str, holds: Callable[[Any], bool]) -> None:
+    """Raise a UserError unless each of these fields is a finite number that is as wanted."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and holds(value)):
+            raise UserError(f"{name} must be {wanted}, not {value}")
+
+
+def check_name(what: str, name: str, known: Sequence[str]) -> None:
+    """Raise a UserError unless a name is known."""
+    if name not in known:
+        raise UserError(f"{what} {name!r} is not known (known: {', '.join(known)})")
 
 
 @dataclass(frozen=True)
@@ -64,13 +81,14 @@ class Optimization:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batches", "checkpoint_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        counts = ("steps", "batch_size", "micro_batches", "checkpoint_every", "keep", "log_every")
+        check(self, counts, "at least 1", lambda x: x >= 1)
+        check(self, ("clip", "seed"), "at least 0", lambda x: x >= 0)
+        check(self, ("epsilon",), "above 0", lambda x: x > 0)
+        check(self, ("warmup", "beta1", "beta2"), "at least 0 and below 1", lambda x: 0 <= x < 1)
+        check_name("remat", self.remat, REMAT)
         if self.batch_size % self.micro_batches:
             raise UserError(f"batch_size {self.batch_size} cannot be cut into {self.micro_batches} micro-batches")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup must be at least 0 and below 1, not {self.warmup}")
 
 
 def trainable_groups(paths: Iterable[str], groups: Sequence[Group]) -> dict[str, Group]:

@@ -9,9 +9,8 @@ import jax
 import numpy as np
 
 from sav_jax.batching import round_tokens
-from sav_jax.errors import UserError
 from sav_jax.plan import Report, abstract_batch, abstract_lmm, on_every_chip, plan, topology_devices
-from sav_jax.sharding import batch_sharding, data_size, mesh_of
+from sav_jax.sharding import batch_sharding, mesh_of
 from sav_jax.train import loop, supervised
 from sav_jax.train.data import LessonBatch
 from sav_jax.train.optimizer import Pace
@@ -41,12 +40,7 @@ def plan_training(
     """
     settings = recipe.optimization
     placed = mesh_of(topology_devices(topology), mesh)
-    multiple = data_size(placed) * settings.micro_batches
-    if settings.batch_size % multiple:
-        raise UserError(
-            f"batch_size {settings.batch_size} is no multiple of {multiple} (micro-batches times devices that share a "
-            "batch)"
-        )
+    loop.check_batch(settings, placed)
     lmm = abstract_lmm(model, placed)
     problem = supervised.problem(lmm, recipe.targets, recipe.groups, None, settings.remat)
     transform = loop.transform_of(settings)

@@ -6,14 +6,19 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sav_jax.errors import UserError
 from sav_jax.models.lora import Target
-from sav_jax.train.optimizer import Group, Optimization
+from sav_jax.train.optimizer import Group, Optimization, check, check_name
 
+if TYPE_CHECKING:
+    from sav_jax.train.aim import AimRecipe
+
+AnyRecipe = TypeVar("AnyRecipe", "Recipe", "AimRecipe")
 LLM = "language_model/layers/.*"
 TOWER = "(vision_tower|visual)/layers/.*"
+CONVERSATIONS = ("template", "vicuna-sq")
 PROJECTOR = "params/(multi_modal_projector|visual/(merger|deepstack_mergers|resampler|proj))/.*"
 
 
@@ -24,7 +29,7 @@ class Recipe:
     Attributes:
         rank, alpha, dropout: of the updates of the language model; rank 0 for none.
         target: which projections of the model they are of (``re.fullmatch`` on the path).
-        learning_rate: of these.
+        learning_rate: of these; above 0 (rank 0 trains none).
         vision_rank, vision_alpha, vision_dropout, vision_target, vision_learning_rate: the same of the vision tower.
         projector_learning_rate: of what joins tower and language model; 0 leaves it frozen.
         weight_decay: of everything that trains.
@@ -58,12 +63,17 @@ class Recipe:
     optimization: Optimization = field(default_factory=Optimization)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sq_ratio <= 1:
-            raise UserError(f"sq_ratio must be between 0 and 1, not {self.sq_ratio}")
-        if self.conversation not in ("template", "vicuna-sq"):
-            raise UserError(f"conversation {self.conversation!r} is not known (known: template, vicuna-sq)")
+        whole = ("rank", "vision_rank", "projector_learning_rate", "weight_decay", "steps", "max_tokens")
+        check(self, whole, "at least 0", lambda x: x >= 0)
+        check(self, ("epochs",), "above 0", lambda x: x > 0)
+        check(self, ("sq_ratio",), "between 0 and 1", lambda x: 0 <= x <= 1)
+        check_name("conversation", self.conversation, CONVERSATIONS)
+        for kind in ("", "vision_"):
+            check(self, (f"{kind}alpha", f"{kind}learning_rate"), "above 0", lambda x: x > 0)
+            check(self, (f"{kind}dropout",), "at least 0 and below 1", lambda x: 0 <= x < 1)
         if not (self.rank or self.vision_rank or self.projector_learning_rate):
             raise UserError("nothing is trained: both ranks and the projector's learning rate are 0")
+        _ = self.targets  # whose patterns must be regular expressions
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -173,14 +183,18 @@ SQ_PRESETS: Mapping[str, Recipe] = {
 """SQ-LLaVA's two stages (arXiv 2403.11299, section 4; the released scripts), and ``debug``: six steps."""
 
 
-def overridden(preset: Recipe, options: Mapping[str, Any]) -> Recipe:
-    """The preset with every option that is given (not None) and that a recipe or its optimisation has."""
+def overridden(preset: AnyRecipe, options: Mapping[str, Any]) -> AnyRecipe:
+    """The preset with every option that is given (not None) and that a recipe or its optimisation has.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
     given = {name: value for name, value in options.items() if value is not None}
-    inner = {f.name for f in dataclasses.fields(Optimization)} - {"steps"}
-    outer = {f.name for f in dataclasses.fields(Recipe)}
-    optimization = dataclasses.replace(preset.optimization, **{n: v for n, v in given.items() if n in inner})
+    if given.get("steps") == 0:
+        raise UserError("steps must be at least 1, not 0")
     if "epochs" in given and "steps" not in given:
         given["steps"] = 0
-    return dataclasses.replace(
-        preset, **{n: v for n, v in given.items() if n in outer and n != "optimization"}, optimization=optimization
-    )
+    inner = {f.name for f in dataclasses.fields(Optimization)} - {"steps"}
+    outer = {f.name for f in dataclasses.fields(preset)} - {"optimization"}
+    optimization = dataclasses.replace(preset.optimization, **{n: v for n, v in given.items() if n in inner})
+    return dataclasses.replace(preset, **{n: v for n, v in given.items() if n in outer}, optimization=optimization)

@@ -19,7 +19,7 @@ from sav_jax.lmm import LMM, find_model
 from sav_jax.models.weights import INDEX_FILE, save_checkpoint
 from sav_jax.train import loop, supervised
 from sav_jax.train.chats import Chat, ChatFormat, format_called
-from sav_jax.train.data import ChatData
+from sav_jax.train.data import ChatData, padding_of
 from sav_jax.train.recipes import Recipe
 
 _SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
@@ -68,6 +68,7 @@ def tuned_with_updates(
     settings = recipe.optimization
     facts = {"recipe": recipe.facts(), "model": lmm.fingerprint, "dtype": str(lmm.dtype), "data": digest(chats)}
     problem = supervised.problem(lmm, recipe.targets, recipe.groups, settings.seed, settings.remat, facts)
+    loop.check(problem, settings, directory)
     data = ChatData(
         lmm,
         chats,
@@ -78,14 +79,16 @@ def tuned_with_updates(
         sq_ratio=recipe.sq_ratio,
         max_tokens=recipe.max_tokens or None,
         group_by_modality=recipe.group_by_modality,
+        progress=progress and jax.process_index() == 0,
     )
     if progress and jax.process_index() == 0:
         number = sum(value.size for value in problem.initial.values())
         print(
             f"{len(chats)} conversations, {data.cut} of them cut; {settings.steps} steps of {settings.batch_size}, "
-            f"padding {data.padding:.1%} of the tokens; {number:,} parameters train",
+            f"padding {padding_of(data):.1%} of the tokens; {number:,} parameters train",
             file=sys.stderr,
         )
+        warn_of_endless_answers(lmm, data.form)
     trainable = loop.train(problem, data, settings, directory, progress)
     params = supervised.tuned(lmm, recipe.targets, trainable)
     mark = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
@@ -96,6 +99,17 @@ def tuned_with_updates(
         fingerprint=hashlib.sha256(f"{lmm.fingerprint} {mark}".encode()).hexdigest(),
     )
     return tuned, trainable
+
+
+def warn_of_endless_answers(lmm: LMM, form: ChatFormat) -> None:
+    """One line on stderr if what ends an answer in training does not end one of the model's."""
+    stops = [str(lmm.processor.tokenizer.convert_ids_to_tokens(token)) for token in lmm.stop_token_ids]
+    if form.assistant_end.strip() not in stops:
+        print(
+            f"warning: answers are taught to end with {form.assistant_end!r}, which does not stop {lmm.name} "
+            f"({', '.join(stops) or 'nothing'} does): what it writes will run on (--conversation template avoids this)",
+            file=sys.stderr,
+        )
 
 
 def export(base: LMM, tuned: LMM, recipe: Recipe, trainable: Any, output: Path, source: str) -> list[str]:

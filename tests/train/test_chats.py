@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import Reference, picture
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import sav_jax
 from sav_jax.errors import UserError
+from sav_jax.models.processor import Processor
 from sav_jax.train.chats import VICUNA_SQ, Chat, Turn, chat_format, lesson, read_chats, with_questions, written
 
 
@@ -114,6 +119,59 @@ def test_masks_of_sq_llava(llava: sav_jax.LMM, name: str) -> None:
     assert VICUNA_SQ.system.endswith("do not ask about uncertain details. ")
 
 
+def joining(processor: Processor) -> Processor:
+    """With a BPE tokenizer whose merges reach across words, headers and turns."""
+    merges = [
+        ("Ġ", "a"),
+        ("c", "a"),
+        ("ca", "t"),
+        ("Ġ", "W"),
+        (":", "ĠW"),
+        (":", "Ġa"),
+        ("h", "y"),
+        ("S", "E"),
+        ("?", "Ġ"),
+    ]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made = copy.copy(processor)
+    made.tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>")
+    made.config = dataclasses.replace(processor.config, image_token_id=len(vocabulary) + 10)  # there is none
+    return made
+
+
+def test_masks_where_tokens_reach_across_borders(llava: sav_jax.LMM) -> None:
+    """A token with anything in it that is to be learned is learned whole."""
+    pieces = [
+        ("USER: What? ASSISTANT:", False),
+        (" a cat</s>", True),
+        ("USER: Where? ASSISTANT:", False),
+        (" cat</s>", True),
+        ("VUSER: ", False),
+        ("Why?</s>", True),
+        (" ASSISTANT:", False),
+        (" a</s>", True),
+    ]
+    turns = ("user", "What?"), ("assistant", "a cat"), ("user", "Where?"), ("assistant", "cat"), ("vuser", "Why?")
+    made = lesson(joining(llava.processor), conversation(*turns, ("assistant", "a"), images=0), VICUNA_SQ)
+    tokens = joining(llava.processor).tokenizer.convert_ids_to_tokens(made.prompt.token_ids.tolist())
+    # All text is ASCII: a token has as many characters as its name.
+    characters = np.repeat(
+        [False, *(learned for _, learned in pieces)], [len(VICUNA_SQ.system), *(len(t) for t, _ in pieces)]
+    )
+    ends = np.cumsum([len(token) for token in tokens])
+    assert ends[-1] == len(characters)
+    wanted = [bool(characters[end - len(token) : end].any()) for token, end in zip(tokens, ends, strict=True)]
+    np.testing.assert_array_equal(made.targets >= 0, wanted)
+    np.testing.assert_array_equal(made.targets[made.targets >= 0], made.prompt.token_ids[made.targets >= 0])
+    end = list(zip(tokens, (made.targets >= 0).tolist(), strict=True))[-20:]
+    assert [token for token, _ in end[:9]] == ["V", "U", "SE", "R", ":ĠW", "hy", "?", "</s>", "Ġ"]
+    assert [learned for _, learned in end[:9]] == [False, False, False, False, True, True, True, True, False]
+    assert end[-3:] == [("T", False), (":Ġa", True), ("</s>", True)]
+
+
 def test_a_training_prompt_begins_as_the_prompt_of_inference(llava: sav_jax.LMM, lmm: sav_jax.LMM) -> None:
     for model in (llava, lmm):
         example = sav_jax.Example("What is it?", (picture(37, 53),))
@@ -172,6 +230,9 @@ def test_images_stand_where_the_rows_put_them(lmm: sav_jax.LMM, tmp_path: Path) 
     assert read_chats(tmp_path / "rows.jsonl")[0].turns == (Turn("user", "What?"), Turn("assistant", "cat"))
 
 
+GOOD = said("a", "b")
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
@@ -181,7 +242,15 @@ def test_images_stand_where_the_rows_put_them(lmm: sav_jax.LMM, tmp_path: Path) 
             "turn 1: human and gpt",
         ),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "speaker 'robot' is not known"),
-        ({"conversations": [{"from": "human"}]}, "turn 0: must be an object"),
+        ({"conversations": [{"from": "human"}]}, 'turn 0: "value" is missing'),
+        ({"conversations": [{"value": "a"}]}, 'turn 0: "from" is missing'),
+        ({"conversations": ["a"]}, 'turn 0: must be an object with "from" and "value", not a string'),
+        ({"conversations": [{"from": "human", "value": 7}]}, 'turn 0: "value" must be a string, not a number'),
+        ({"imgae": "a.png", "conversations": GOOD}, 'field "imgae" is not known; is "image" meant?'),
+        ({"images": ["a.png"], "conversations": GOOD}, 'field "images" is not known; is "image" meant?'),
+        ({"conversation": GOOD}, 'field "conversation" is not known; is "conversations" meant?'),
+        ({"video": "a.mp4", "conversations": GOOD}, 'field "video" is read from labelled rows only'),
+        ({"image": "", "conversations": GOOD}, "field \"image\" names ''"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "nothing is answered"),
         ({"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": "b"}]}, "turn 0: says nothing"),
         (
@@ -190,18 +259,33 @@ def test_images_stand_where_the_rows_put_them(lmm: sav_jax.LMM, tmp_path: Path) 
         ),
         (
             {"conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]},
-            "1 <image> marks for 0 images",
+            'field "conversations" holds 1 <image> mark for 0 images in field "image"',
         ),
     ],
 )
 def test_bad_rows_name_file_and_line(tmp_path: Path, row: dict[str, Any], problem: str) -> None:
-    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    good = {"conversations": GOOD}
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError, match=r"data\.jsonl:2: ") as caught:
         read_chats(file)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
+    # Rows of a list on one line are told apart by number and id.
+    (tmp_path / "data.json").write_text(json.dumps([good, {"id": "000/7", **row}]))
+    with pytest.raises(UserError, match=r'data\.json:1, row 1, id "000/7": ') as caught:
+        read_chats(tmp_path / "data.json")
+    assert problem in str(caught.value)
+
+
+def test_published_rows_may_say_more_than_is_read(tmp_path: Path) -> None:
+    picture(20, 30).save(tmp_path / "a.png")
+    more = {"model": "", "source": "x", "metadata": {"image": 1}, "image_id": 3, "width": 20}
+    row = {"id": "a", "image": "a.png", **more, "conversations": [{**turn, "weight": 1} for turn in GOOD]}
+    (tmp_path / "data.json").write_text(json.dumps([{"conversations": GOOD}, row]))
+    text, chat = read_chats(tmp_path / "data.json")
+    assert (text.source, chat.source) == (f"{tmp_path}/data.json:1, row 0", f'{tmp_path}/data.json:1, row 1, id "a"')
+    assert (text.has_image, chat.has_image) == (False, True)
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:

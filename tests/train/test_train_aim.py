@@ -1,4 +1,4 @@
-"""Training of AIM's projection: targets token by token, the loss by hand, meshes, kills, documents."""
+"""Training of AIM's projection: targets token by token, the loss by hand, choices, documents, commands."""
 
 from __future__ import annotations
 
@@ -11,82 +11,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import Reference, picture
-from jax.sharding import Mesh
+from checkpoints import picture
+from debug_runs import LABELS as WORDS
+from debug_runs import documents, losses
 
 import sav_jax
 from sav_jax import Example, UserError
 from sav_jax.aim import Aim, DemonstrationBank, after_demonstrations, load_aim
 from sav_jax.cli import main
 from sav_jax.models.fusion import FusionConfig, initial_params
-from sav_jax.train.aim import AIM_PRESETS, AimData, AimRecipe, Document, aim_loss, overridden, query_lesson, train_aim
+from sav_jax.train.aim import AIM_PRESETS, AimData, AimRecipe, aim_loss, query_lesson, train_aim
 from sav_jax.train.chats import chat_format
 from sav_jax.train.documents import ATTRIBUTES, drawn_documents, grouped, read_documents
+from sav_jax.train.recipes import overridden
 
-WORDS = ("crimson red", "grass green", "a blue ring", "nothing here")  # of nearly one length: two programs
 DEBUG = AIM_PRESETS["debug"]
 ONE = dataclasses.replace(DEBUG, shots=(2,), steps=2)  # a single program
-
-
-def documents(number: int = 24) -> list[Document]:
-    """Three pairs each, but every fifth has two; the words of a document are alike."""
-    return [
-        tuple(
-            Example("What is it?", (picture(30, 30, i + j),), WORDS[i % 4], source=f"document {i}")
-            for j in range(2 if i % 5 == 4 else 3)
-        )
-        for i in range(number)
-    ]
-
-
-def losses(directory: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def unbroken(lmm: sav_jax.LMM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Aim]:
     directory = tmp_path_factory.mktemp("runs") / "unbroken"
     return directory, train_aim(lmm, documents(), DEBUG, directory, progress=False)
-
-
-def test_the_debug_preset_learns_alike_on_any_mesh(
-    reference: Reference, unbroken: tuple[Path, Aim], tmp_path: Path
-) -> None:
-    alone = losses(unbroken[0])
-    assert alone[-1] < alone[0]
-    for axes in ({"data": 2}, {"data": 4, "model": 2}):
-        number = int(np.prod(list(axes.values())))
-        mesh = Mesh(np.array(jax.devices()[:number]).reshape(*axes.values()), tuple(axes))
-        sharded = sav_jax.load(reference.directory, mesh=mesh)
-        train_aim(sharded, documents(), DEBUG, tmp_path / str(number), progress=False)
-        # As in test_tuning.py: sums in another order, and what six steps of Adam make of it.
-        np.testing.assert_allclose(losses(tmp_path / str(number)), alone, rtol=2e-4)
-
-
-@pytest.mark.parametrize("killed_at", [1, 3, 5])
-def test_a_killed_run_ends_with_the_same_bits(
-    lmm: sav_jax.LMM,
-    unbroken: tuple[Path, Aim],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    killed_at: int,
-) -> None:
-    get = AimData.__getitem__
-
-    def dying(self: AimData, step: int) -> Any:
-        if step == killed_at:
-            raise MemoryError("as if killed")
-        return get(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AimData, "__getitem__", dying)
-        with pytest.raises(MemoryError):
-            train_aim(lmm, documents(), DEBUG, tmp_path / "run", progress=False)
-    assert not (tmp_path / "run" / "projection").exists()
-    aim = train_aim(lmm, documents(), DEBUG, tmp_path / "run", progress=False)
-    directory, expected = unbroken
-    assert aim.digest == expected.digest == load_aim(tmp_path / "run").digest
-    assert losses(tmp_path / "run") == losses(directory)
 
 
 def test_the_projection_alone_is_trained(lmm: sav_jax.LMM, unbroken: tuple[Path, Aim]) -> None:

@@ -1,14 +1,8 @@
-"""The training loop: the same losses on any mesh, the same bits after a kill, PEFT's loss and gradients."""
+"""Tuning: PEFT's loss and gradients, what changes nothing, settings, plans of steps, messages."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,143 +11,48 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import tyro
 from checkpoints import Reference, picture
+from debug_runs import chats
 from flax import traverse_util
-from jax.sharding import Mesh
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
 
 import sav_jax
 from sav_jax import adapters
+from sav_jax._training_options import Train
 from sav_jax.errors import UserError
+from sav_jax.models import lora
 from sav_jax.train import loop, supervised
-from sav_jax.train.chats import Chat, Turn, chat_format
-from sav_jax.train.data import ChatData, Sizes, plan_steps
+from sav_jax.train.aim import AIM_PRESETS
+from sav_jax.train.chats import VICUNA_SQ, Chat, Turn, chat_format
+from sav_jax.train.data import ChatData, LessonBatch, Sizes, padding_of, plan_steps
 from sav_jax.train.optimizer import Group, Optimization, Pace, trainable_groups
-from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, Recipe
-from sav_jax.train.tune import export, tune, tuned_with_updates
+from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, Recipe, overridden
+from sav_jax.train.tune import export, tune, tuned_with_updates, warn_of_endless_answers
 
 # PEFT asks transformers by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-WORDS = ("red", "green", "a blue circle", "nothing")
-
-
-def chats(number: int = 24) -> list[Chat]:
-    """Two rounds each, every third without an image; answers depend on the picture."""
-    made = []
-    for i in range(number):
-        pictures = (picture(30, 30, i % 4),) if i % 3 else ()
-        turns = ("user", "What is it?"), ("assistant", WORDS[i % 4]), ("user", "Why?"), ("assistant", "I see it.")
-        made.append(
-            Chat(tuple(Turn(*turn) for turn in turns), sav_jax.Example("-", pictures, id=str(i), source=f"row {i}"))
-        )
-    return made
-
 
 def debug(**options: Any) -> Recipe:
-    """The LoRA debug preset on language model and tower, without dropout unless asked for."""
-    preset = dataclasses.replace(SQ_PRESETS["debug"], dropout=0.0, **options)
-    return preset
+    """SQ-LLaVA's debug preset: low-rank updates of language model and tower, and the projector."""
+    return dataclasses.replace(SQ_PRESETS["debug"], **options)
 
 
-def losses(directory: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (directory / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def unbroken(lmm: sav_jax.LMM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, loop.Trainable]:
-    directory = tmp_path_factory.mktemp("runs") / "unbroken"
-    _, trainable = tuned_with_updates(
-        lmm, chats(), dataclasses.replace(debug(), dropout=0.1), directory, progress=False
+BAD: list[dict[str, Any]] = [
+    {name: value}
+    for value, names in (
+        (0, "learning_rate vision_learning_rate alpha vision_alpha epochs steps batch_size micro_batches keep "
+            "log_every checkpoint_every epsilon"),
+        (-1, "rank vision_rank learning_rate projector_learning_rate weight_decay epochs steps batch_size max_tokens "
+             "clip warmup dropout vision_dropout sq_ratio seed layer"),
+        (1, "warmup dropout vision_dropout beta1 beta2"),
+        (float("nan"), "learning_rate weight_decay epochs warmup clip"),
+        ("most", "remat conversation initial projection tokens"),
     )
-    return directory, jax.device_get(trainable)
-
-
-@pytest.mark.parametrize("presets", [LORA_PRESETS, SQ_PRESETS], ids=["lora", "sq-llava"])
-def test_debug_presets_learn_alike_on_any_mesh(
-    reference: Reference, lmm: sav_jax.LMM, tmp_path: Path, presets: Any
-) -> None:
-    recipe = dataclasses.replace(presets["debug"], dropout=0.0)
-    tune(lmm, chats(), recipe, tmp_path / "1", progress=False)
-    alone = losses(tmp_path / "1")
-    assert alone[-1] < alone[0]
-    for axes in ({"data": 2}, {"data": 4, "model": 2}):
-        number = int(np.prod(list(axes.values())))
-        mesh = Mesh(np.array(jax.devices()[:number]).reshape(*axes.values()), tuple(axes))
-        sharded = sav_jax.load(reference.directory, mesh=mesh)
-        tune(sharded, chats(), recipe, tmp_path / str(number), progress=False)
-        # Sums in another order: 2^-24 for each of some thousand terms in a row, of losses of order one, and what six
-        # steps of Adam make of it where a gradient is near zero.
-        np.testing.assert_allclose(losses(tmp_path / str(number)), alone, rtol=2e-4)
-
-
-@pytest.mark.parametrize("killed_at", [1, 2, 3, 5])
-def test_a_killed_run_ends_with_the_same_bits(
-    lmm: sav_jax.LMM,
-    unbroken: tuple[Path, loop.Trainable],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    killed_at: int,
-) -> None:
-    recipe = dataclasses.replace(debug(), dropout=0.1)
-    directory, expected = unbroken
-    get = ChatData.__getitem__
-
-    def dying(self: ChatData, step: int) -> Any:
-        if step == killed_at:
-            raise MemoryError("as if killed")
-        return get(self, step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ChatData, "__getitem__", dying)
-        with pytest.raises(MemoryError):
-            tune(lmm, chats(), recipe, tmp_path / "run", progress=False)
-    _, trainable = tuned_with_updates(lmm, chats(), recipe, tmp_path / "run", progress=False)
-    assert set(trainable) == set(expected)
-    for path, value in expected.items():
-        np.testing.assert_array_equal(trainable[path], value)
-    assert losses(tmp_path / "run") == losses(directory)
-
-
-def test_a_kill_from_outside(unbroken: tuple[Path, loop.Trainable], reference: Reference, tmp_path: Path) -> None:
-    """SIGKILL to the command while it trains, then the command again."""
-    for i in range(4):
-        picture(30, 30, i).save(tmp_path / f"{i}.png")
-    rows = [{"image": f"{i % 4}.png", "question": "What is it?", "label": WORDS[i % 4]} for i in range(24)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def command(output: str) -> list[str]:
-        options = ["--preset", "debug", "--steps", "40", "--checkpoint-every", "1"]
-        return [sys.executable, "-m", "sav_jax", "train", "lora", "--model", str(reference.directory), "--data",
-                str(tmp_path / "train.jsonl"), "--output", str(tmp_path / output), *options]  # fmt: skip
-
-    killed = subprocess.Popen(command("b"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    log = tmp_path / "b" / "log.jsonl"
-    until = time.monotonic() + 300
-    while (
-        time.monotonic() < until
-        and killed.poll() is None
-        and not (log.exists() and len(log.read_text().splitlines()) >= 3)
-    ):
-        time.sleep(0.05)
-    assert killed.poll() is None, "it ended before it was killed"
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "b" / "model").exists()
-    for output in ("a", "b"):
-        done = subprocess.run(command(output), capture_output=True, text=True, env=dict(os.environ))
-        assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    first, second = (load_file(tmp_path / name / "adapter" / adapters.WEIGHTS_FILE) for name in "ab")
-    for key, value in first.items():
-        np.testing.assert_array_equal(value, second[key])
-    # The merged model and the adapter are the same model, and an ordinary one.
-    example = sav_jax.Example("What is it?", (picture(30, 30, 1),))
-    merged = sav_jax.load(tmp_path / "a" / "model")
-    adapted = sav_jax.load(reference.directory, adapter=tmp_path / "a" / "adapter")
-    ours, theirs = (sav_jax.extract_heads(m, [example], progress=False) for m in (merged, adapted))
-    np.testing.assert_array_equal(ours, theirs)
+    for name in names.split()
+]  # fmt: skip
 
 
 def test_what_is_exported_is_what_was_tuned(lmm: sav_jax.LMM, reference: Reference, tmp_path: Path) -> None:
@@ -231,28 +130,79 @@ def test_loss_and_gradients_are_pefts(reference: Reference, lmm: sav_jax.LMM, tm
     assert all(np.abs(value).max() > 0 for value in stored.values())
 
 
-def test_remat_and_micro_batches_change_nothing(lmm: sav_jax.LMM, tmp_path: Path) -> None:
-    results = {}
-    ways: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "full": {"remat": "full"},
-        "dots": {"remat": "dots"},
-        "micro": {"micro_batches": 2},
-    }
-    for name, options in ways.items():
-        recipe = debug(steps=2)
-        recipe = dataclasses.replace(recipe, optimization=dataclasses.replace(recipe.optimization, **options))
-        tune(lmm, chats(), recipe, tmp_path / name, progress=False)
-        results[name] = losses(tmp_path / name)
-    for name in ("full", "dots", "micro"):
-        np.testing.assert_allclose(results[name], results["plain"], rtol=1e-5)
+def one_step(lmm: sav_jax.LMM, recipe: Recipe, said: list[Chat], **options: Any) -> tuple[dict[str, Any], LessonBatch]:
+    """Loss and norm of the gradient of the first step, and its batch."""
+    settings = dataclasses.replace(recipe.optimization, batch_size=8, steps=1, **options)
+    problem = supervised.problem(lmm, recipe.targets, recipe.groups, 0, settings.remat)
+    noise = np.random.default_rng(0)  # B is zero at first, and what is in front of it has no gradient
+    problem = dataclasses.replace(
+        problem,
+        initial={path: value + 0.02 * noise.standard_normal(value.shape) for path, value in problem.initial.items()},
+    )
+    data = ChatData(lmm, said, chat_format(lmm.processor, lmm.stop_token_ids), batch_size=8, steps=1, seed=0)
+    transform = loop.transform_of(settings)
+    step = loop.make_step(problem.loss, transform, settings.micro_batches)
+    pace = Pace.of(settings, problem.groups)
+    return step(loop.initial_state(problem, transform), problem.frozen, data[0], pace)[1], data[0]
 
 
-def test_the_vision_towers_updates_are_trained(lmm: sav_jax.LMM, unbroken: tuple[Path, loop.Trainable]) -> None:
-    """In SQ-LLaVA's released code the tower runs without gradients and its LoRA stays where it began."""
-    towers = [path for path in unbroken[1] if path.startswith("lora/vision_tower") and path.endswith("/b")]
-    assert len(towers) == 6
-    assert all(np.abs(unbroken[1][path]).max() > 0 for path in towers)
+WORDS = ("no", "a blue circle on a red ground", "four", "nothing that could be said in a few words")
+
+
+def of_text(**options: Any) -> tuple[Recipe, list[Chat]]:
+    """A recipe and conversations that never touch the tower: of these steps several can be compiled."""
+    said = [
+        Chat((Turn("user", "What is it?"), Turn("assistant", WORDS[i % 4])), sav_jax.Example("-", source=f"row {i}"))
+        for i in range(8)
+    ]
+    return debug(vision_rank=0, projector_learning_rate=0.0, dropout=0.0, **options), said
+
+
+def test_remat_changes_nothing(lmm: sav_jax.LMM) -> None:
+    """With dropout in model and tower: what is computed again has the same masks."""
+    for given, remat in (((debug(), chats()), "full"), (of_text(), "dots")):
+        plain, again = (one_step(lmm, *given, remat=name)[0] for name in ("none", remat))
+        for name, value in plain.items():
+            np.testing.assert_allclose(again[name], value, rtol=1e-5)
+
+
+def test_micro_batches_with_answers_of_different_lengths_change_nothing(lmm: sav_jax.LMM) -> None:
+    """Every token counts alike, wherever it stands: the mean of micro-batches' means would be another number."""
+    recipe, said = of_text()
+    whole, batch = one_step(lmm, recipe, said)
+    parts = one_step(lmm, recipe, said, micro_batches=4)[0]
+    counts = np.asarray(batch.weights).reshape(2, 4, -1).sum(axis=(0, 2))  # every fourth row is of one micro-batch
+    assert len({*counts.tolist()}) > 1
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5)
+
+
+def test_updates_whose_b_is_zero_change_nothing_exactly(lmm: sav_jax.LMM) -> None:
+    """All heads of all layers and the logits, bit for bit, with updates of every projection there is."""
+    recipe = debug(target=".*", vision_rank=0)
+    batch = ChatData(lmm, chats(8), chat_format(lmm.processor, lmm.stop_token_ids), batch_size=8, steps=1, seed=0)[
+        0
+    ].batch
+
+    @jax.jit
+    def read(variables: Any, batch: Any) -> Any:
+        output, sown = lmm.module.apply(variables, batch, mutable=["intermediates"])
+        logits = lmm.module.apply(variables, output.hidden, method=lambda m, x: m.language_model.logits(x))
+        return sown["intermediates"], logits
+
+    weights = lora.init(lmm.module, recipe.targets, 3)
+    assert len(weights) == 2 * len(lora.projections(lmm.module))
+    updates = lora.variables(lmm.module, recipe.targets, weights)
+    base = read({"params": lmm.params}, batch)
+    same = read({"params": lmm.params, "lora": updates}, batch)
+    assert len(jax.tree.leaves(base)) == 2
+    for one, other in zip(jax.tree.leaves(base), jax.tree.leaves(same), strict=True):
+        np.testing.assert_array_equal(one, other)
+    # And they are there: with B not zero everything moves.
+    weights = {path: value + (0.1 if path.endswith("/b") else 0) for path, value in weights.items()}
+    moved = read({"params": lmm.params, "lora": lora.variables(lmm.module, recipe.targets, weights)}, batch)
+    for one, other in zip(jax.tree.leaves(base), jax.tree.leaves(moved), strict=True):
+        assert np.abs(np.asarray(one) - np.asarray(other)).max() > 1e-3
 
 
 def test_frozen_leaves_have_no_optimiser_state(lmm: sav_jax.LMM) -> None:
@@ -267,21 +217,56 @@ def test_frozen_leaves_have_no_optimiser_state(lmm: sav_jax.LMM) -> None:
 
 def test_nan_stops_with_step_and_rows(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     recipe = debug(learning_rate=1e30, projector_learning_rate=1e30)
-    with pytest.raises(UserError, match=r"^step \d+: (loss|gradient norm) is (nan|inf).*row \d+") as caught:
+    wanted = r"^step [1-6]: (loss|gradient norm) is (nan|inf); its rows: row \d+(; row \d+){7}$"
+    with pytest.raises(UserError, match=wanted) as caught:
         tune(lmm, chats(), recipe, tmp_path / "run", progress=False)
     assert "\n" not in str(caught.value)
 
 
 def test_another_recipe_is_refused(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     tune(lmm, chats(), debug(steps=1), tmp_path / "run", progress=False)
-    with pytest.raises(UserError, match="holds a run with other settings"):
-        tune(lmm, chats(), debug(steps=2), tmp_path / "run", progress=False)
-    with pytest.raises(UserError, match="holds a run with other settings"):
+    other = overridden(debug(steps=1), {"seed": 3, "learning_rate": 0.02})
+    wanted = "recipe.learning_rate: 0.01 there, 0.02 asked for; recipe.optimization.seed: 0 there, 3 asked for"
+    with pytest.raises(UserError, match=rf"holds a run with other settings \({wanted}\); resume"):
+        tune(lmm, chats(), other, tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match=r'settings \(data: "[0-9a-f]{64}" there, "[0-9a-f]{64}" asked for\); r'):
         tune(lmm, chats(20), debug(steps=1), tmp_path / "run", progress=False)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UserError, match="holds other things"):
         tune(lmm, chats(), debug(steps=1), tmp_path / "other", progress=False)
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_settings_out_of_range_are_refused_where_they_are_made(options: dict[str, Any]) -> None:
+    (name,) = options
+    presets: list[Any] = [SQ_PRESETS["debug"], AIM_PRESETS["debug"]]
+    for preset in presets:
+        if hasattr(preset, name) or hasattr(preset.optimization, name):
+            with pytest.raises(UserError, match=rf"^{name} (must be .*, not|.* is not known)"):
+                overridden(preset, options)
+
+
+@pytest.mark.parametrize(
+    ("words", "preset", "elsewhere"),
+    [
+        ("lora --model m --data d", LORA_PRESETS["llava"], {"sq_ratio", "conversation"}),  # of the other recipe
+        ("sq-llava --model m --data d", SQ_PRESETS["stage2"], set()),
+        ("aim --model m", AIM_PRESETS["tiny"], set()),
+    ],
+)
+def test_every_setting_is_an_option(words: str, preset: Any, elsewhere: set[str]) -> None:
+    settings = {name for of in (preset, preset.optimization) for name in vars(of)} - {"optimization", *elsewhere}
+    flags = {"group_by_modality": "False", "norm": "False", "beta1": "0.8", "weight_decay": "0.1", "log_every": "7"}
+    given = [
+        word for name, value in flags.items() if name in settings for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    parsed: Any = tyro.cli(Train, args=[*words.split(), "--output", "o", *given], config=(tyro.conf.OmitArgPrefixes,))
+    options = vars(parsed.recipe) | vars(parsed.recipe.run)
+    assert settings <= set(options)
+    recipe = overridden(preset, options)
+    for name, value in flags.items():
+        assert str(getattr(recipe, name, getattr(recipe.optimization, name, value))) == value
 
 
 def test_every_leaf_belongs_to_a_group() -> None:
@@ -301,6 +286,35 @@ def test_rates_rise_and_fall() -> None:
     np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10, rtol=1e-6)
     wanted = [0.5 * (1 + np.cos(np.pi * i / 100)) for i in range(100)]
     np.testing.assert_allclose(factors[10:], wanted, atol=1e-6)
+
+
+def test_tokens_of_a_step_are_those_of_its_rows(lmm: sav_jax.LMM) -> None:
+    data = ChatData(lmm, chats(), chat_format(lmm.processor, lmm.stop_token_ids), batch_size=8, steps=3, seed=0)
+    for step in range(3):
+        batch = data[step].batch
+        assert data.tokens(step) == (int(np.sum(batch.lengths)), batch.token_ids.size)
+    assert 0 < padding_of(data) < 1
+
+
+def test_a_process_whose_rows_are_text_alone(lmm: sav_jax.LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrays have the shapes of the others', which have images."""
+    said = sorted(chats(8), key=lambda chat: not chat.has_image)[4:]  # two of eight are text
+    data = ChatData(lmm, said, chat_format(lmm.processor, lmm.stop_token_ids), batch_size=4, steps=1, seed=0)
+    whole = data[0]
+    images = [said[row].has_image for row, _ in data.plans[0].rows]
+    assert images == [True, True, False, False]
+    monkeypatch.setattr("sav_jax.train.data.own_rows", lambda mesh, size: slice(2, 4))
+    for mine, all_of_them in zip(jax.tree.leaves(data[0]), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(mine, all_of_them[2:])
+
+
+def test_a_stop_token_that_does_not_stop_is_warned_of(lmm: sav_jax.LMM, capsys: pytest.CaptureFixture[str]) -> None:
+    warn_of_endless_answers(lmm, VICUNA_SQ)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: answers are taught to end with '</s>', which does not stop ")
+    assert said.count("\n") == 1
+    warn_of_endless_answers(lmm, chat_format(lmm.processor, lmm.stop_token_ids))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from checkpoints import Reference, picture
+from checkpoints import Reference
+from debug_runs import write_conversations
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
@@ -27,7 +27,6 @@ import sys
 from sav_jax.cli import main
 
 address, index, dying_run, whole_run, *given = sys.argv[1:]
-given += ["--mesh", "data=4,model=2"]
 joined = ["--coordinator", address, "--num-processes", "2", "--process-id", index]
 assert main(["train", "lora", *given, *joined, "--output", whole_run]) == 0
 
@@ -57,6 +56,14 @@ try:
     by_the_first(refuse)
 except UserError as error:
     print(error)
+
+def unreadable(self, step):
+    if step == 2 and index == "1":
+        raise UserError("one.png: cannot be read")
+    return get(self, step)
+
+ChatData.__getitem__ = unreadable
+sys.exit(main(["train", "lora", *given, "--output", dying_run + "2"]))
 """
 
 
@@ -76,14 +83,8 @@ def losses(directory: Path) -> list[float]:
 def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with runs of two processes, ``two`` whole and ``dead`` half done, and the options of all."""
     folder = tmp_path_factory.mktemp("processes")
-    rows: list[dict[str, Any]] = []
-    for i in range(16):
-        picture(30, 30, i % 4).save(folder / f"{i % 4}.png")
-        turns = [("human", "What is it?"), ("gpt", f"thing {i % 4}"), ("human", "Why?"), ("gpt", "I see it.")]
-        rows.append({"image": f"{i % 4}.png", "conversations": [{"from": who, "value": text} for who, text in turns]})
-    (folder / "data.json").write_text(json.dumps(rows))
-    given = ["--preset", "debug", "--model", str(reference.directory), "--data", str(folder / "data.json")]
-    given += ["--dropout", "0"]
+    given = ["--preset", "debug", "--model", str(reference.directory), "--data", str(write_conversations(folder))]
+    given += ["--mesh", "data=4,model=2"]  # as in test_debug_presets.py: the same step
     address = f"localhost:{free_port()}"
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
     both = [
@@ -101,8 +102,10 @@ def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tupl
     finally:
         for one in both:
             one.kill()
-    for one, (_, errors) in zip(both, said_by, strict=True):
-        assert one.returncode == 0, errors[-3000:]
+    for one, said, (_, errors) in zip(both, ("process 1: ", ""), said_by, strict=True):
+        assert one.returncode == 2, [text[-3000:] for _, text in said_by]
+        # The second could not go on, and the first does not wait for it.
+        assert f"error: {said}one.png: cannot be read\n" in errors
     written = f"written to {folder / 'two'}: model, adapter\n"
     # Only one says what was written; both know what the first refuses. (Gloo's own lines stand between.)
     for said in ("died\n", "no, says process 0\n"):

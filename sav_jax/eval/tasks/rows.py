@@ -136,7 +136,7 @@ def json_objects(path: Path) -> Iterator[Row | UserError]:
             (f"{path}: row {json.dumps(key)}", value, key) for key, value in keyed.items()
         )
     else:
-        rows = ((f"{path}:{line}", value, "") for line, value in json_rows(path))
+        rows = ((source, value, "") for source, value in json_rows(path))
     for number, (source, value, key) in enumerate(rows):
         if isinstance(value, UserError):
             yield value
