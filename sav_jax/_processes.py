@@ -121,7 +121,7 @@ def failing_together() -> Iterator[None]:
     def watch() -> None:
         while not over.is_set():
             try:
-                message = client.blocking_key_value_get(f"{run}/failed", 1000)
+                message = client.blocking_key_value_get(f"{run}/failed", 200)  # milliseconds
             except Exception:  # nothing yet
                 over.wait(0.05)
                 continue
@@ -140,7 +140,8 @@ def failing_together() -> Iterator[None]:
             time.sleep(0.1)
         end(status)
 
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     except Exception as error:
@@ -157,6 +158,7 @@ def failing_together() -> Iterator[None]:
         raise
     finally:
         over.set()
+        watcher.join()  # a thread in the store's code when Python ends would end the process, with an abort
 
 
 def gathered(tree: Any) -> Any:

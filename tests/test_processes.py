@@ -1,0 +1,106 @@
+"""Two processes of four devices each read prompts: the same classifier as of one process, files written once, and a
+bounded wait when one of them is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import sav_jax
+from sav_jax.cli import main
+from sav_jax.headstore import HeadStore
+
+SHOWN, ASKED = 30, 8  # pictures; questions about each
+BOUND = 60  # seconds in which those that are left must end
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    digits = load_digits(n_class=3)
+    lines = []
+    for i in range(SHOWN):
+        Image.fromarray((digits.images[i] * 15).astype(np.uint8)).resize((40, 40)).save(folder / f"{i}.png")
+        for k in range(ASKED):
+            row = {"image": f"{i}.png", "question": f"Which digit is it{'?' * (k + 1)}", "label": str(digits.target[i])}
+            lines.append(json.dumps(row))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@contextlib.contextmanager
+def two(folder: Path, *words: str) -> Iterator[list[subprocess.Popen[str]]]:
+    """Both processes of a command; none is left behind."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "SAV_JAX_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-c", "from sav_jax.cli import main; import sys; sys.exit(main())", *words]
+    command += ["--coordinator", where, "--num-processes", "2", "--process-id"]
+    processes = [
+        subprocess.Popen([*command, str(i)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            with contextlib.suppress(ValueError):  # it has been heard to its end
+                process.communicate()
+
+
+def values(store: Path) -> list[Path]:
+    """Files of a store, without the locks of writers, dead ones among them."""
+    return [path for path in store.glob("*/*") if path.name.isalnum()]
+
+
+def test_killed_resumed_and_as_one_process(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = ["fit", "--model", "tiny", "--train", str(rows / "rows.jsonl"), "--num-heads", "5", "--batch-size", "8"]
+    words = [*fit, "--output", str(rows / "clf"), "--mesh", "data=2,fsdp=2,model=2"]
+    heads = rows / "cache" / "heads"
+
+    with two(rows, *words) as (first, second):
+        until = time.monotonic() + 300
+        while time.monotonic() < until and first.poll() is None and len(values(heads)) < 16:
+            time.sleep(0.02)
+        second.send_signal(signal.SIGKILL)
+        _, said = first.communicate(timeout=BOUND)
+    assert first.returncode == 2, said
+    assert "error: another process has ended, or cannot be reached" in said
+    assert not (rows / "clf").exists()
+    kept = {path: path.read_bytes() for path in values(heads)}
+    assert 16 <= len(kept) < SHOWN * ASKED
+
+    with two(rows, *words) as processes:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "classifier written" in outputs[0][0]
+    assert "classifier written" not in outputs[1][0]  # the first speaks for all
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+    monkeypatch.setenv("SAV_JAX_CACHE", str(rows / "alone"))
+    assert main([*fit, "--output", str(rows / "one")]) == 0
+    keys = [path.name for path in values(heads)]
+    assert len(keys) == SHOWN * ASKED
+    together, alone = (HeadStore.open(rows / name / "heads").read(keys) for name in ("cache", "alone"))
+    # Sums in another order: some 2^-24 for each of the few dozen sums one after the other, of values up to the largest.
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
+    one, both = (sav_jax.load_classifier(rows / name) for name in ("one", "clf"))
+    assert one.labels == both.labels
+    assert one.heads == both.heads  # scores of heads that read the text alone are rounding: all classes are as near
+    assert both.predict(together) == both.predict(alone)
