@@ -30,9 +30,9 @@ def counted() -> Iterator[None]:
     seconds: list[float] = []
     found = 0
 
-    def on_duration(event: str, duration: float, **_: str | int) -> None:
+    def on_duration(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
     def on_event(event: str, **_: str | int) -> None:
         nonlocal found
