@@ -30,11 +30,11 @@ def counted() -> Iterator[None]:
     seconds: list[float] = []
     found = 0
 
-    def on_duration(event: str, duration: float, **_: object) -> None:
+    def on_duration(event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
+            seconds.append(duration_secs)
 
-    def on_event(event: str, **_: object) -> None:
+    def on_event(event: str, **_: str | int) -> None:
         nonlocal found
         found += event == "/jax/compilation_cache/cache_hits"
 

@@ -32,7 +32,7 @@ class Running:
 
     cache: Annotated[str | None, optional("DIR", "$SAV_JAX_CACHE or ~/.cache/sav_jax")] = None
     """Folder (or gs:// path) in which head vectors are kept: no example is run twice, and a killed run resumes.
-    Compiled programs are kept in its sub-folder, unless JAX_COMPILATION_CACHE_DIR says where."""
+    Compiled programs are kept in it, too, unless JAX_COMPILATION_CACHE_DIR says where."""
 
     no_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep no head vectors and no programs."""

@@ -14,6 +14,10 @@ model, float32, its fastest attention (sdpa), in inference mode. Both sides star
 Each section alternates between the sides and prints the median of their ratios, with the smallest and the largest: of
 the time passed, and of process CPU time, which a busy machine disturbs less. Nothing is printed unless heads, scores,
 chosen heads and predictions of the two agree. Compiling happens before (its time is printed); PyTorch is warmed up.
+
+PyTorch's threads wait for each other: where other programs run, too, compare on one core instead, by CPU time:
+
+    taskset -c 0 python scripts/bench_pytorch.py --threads 1
 """
 
 from __future__ import annotations
@@ -207,6 +211,10 @@ def loop_right(activations: Any, means: Any, label: int) -> np.ndarray:
 # Measuring
 
 
+Seconds = tuple[list[tuple[float, float]], list[tuple[float, float]]]
+"""Of both sides, every run's: passed, and of the process on all cores."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What a section found: seconds of every alternation, of both sides."""
@@ -214,16 +222,15 @@ class Row:
     name: str
     unit: str
     work: int
-    theirs: list[tuple[float, float]]
-    ours: list[tuple[float, float]]
+    seconds: Seconds
     target: float
     agreement: str
 
     def ratios(self, clock: int) -> list[float]:
-        return sorted(a[clock] / b[clock] for a, b in zip(self.theirs, self.ours, strict=True))
+        return sorted(a[clock] / b[clock] for a, b in zip(*self.seconds, strict=True))
 
     def line(self) -> str:
-        each = [1e3 * statistics.median(side[0] for side in sides) / self.work for sides in (self.theirs, self.ours)]
+        each = [1e3 * statistics.median(side[0] for side in sides) / self.work for sides in self.seconds]
         cells = [f"{statistics.median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in map(self.ratios, (0, 1))]
         names = [self.name, *(f"{ms:.1f} ms/{self.unit}" for ms in each), *cells, f"{self.target:g}", self.agreement]
         return f"| {' | '.join(names)} |"
@@ -242,18 +249,16 @@ def timed(function: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
     return result, (time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def alternate(
-    times: int, theirs: Callable[[], Any], ours: Callable[[], Any]
-) -> tuple[Any, Any, list[tuple[float, float]], list[tuple[float, float]]]:
+def alternate(times: int, theirs: Callable[[], Any], ours: Callable[[], Any]) -> tuple[Any, Any, Seconds]:
     """Results of both, and seconds of each run; each side has run once before."""
     a, first = timed(theirs)
     b, compiled = timed(ours)
     print(f"  first runs: {first[0]:.1f} s, ours {compiled[0]:.1f} s with compiling", file=sys.stderr, flush=True)
-    found: tuple[list[tuple[float, float]], list[tuple[float, float]]] = [], []
+    found: Seconds = [], []
     for i in range(times):
         for which, function in sorted(enumerate((theirs, ours)), reverse=bool(i % 2)):
             found[which].append(timed(function)[1])
-    return a, b, *found
+    return a, b, found
 
 
 def require(agrees: bool, what: str) -> None:
@@ -277,7 +282,9 @@ class Bench:
         self.support, self.queries = pictures[: arguments.support], pictures[arguments.support :]
         self.fitted: dict[int, tuple[np.ndarray, list[int], Any]] = {}
 
-    def heads(self, lmm: Any, pictures: Sequence[tuple[Path, str]], questions: Sequence[str] = (QUESTION,), **options):
+    def heads(
+        self, lmm: Any, pictures: Sequence[tuple[Path, str]], questions: Sequence[str] = (QUESTION,), **options: Any
+    ) -> np.ndarray:
         from sav_jax import Example, extract_heads
 
         examples = [Example(question, (path,), label) for path, label in pictures for question in questions]
@@ -297,7 +304,7 @@ class Bench:
         from sav_jax import SparseAttentionVectors
 
         labels = [label for _, label in self.support]
-        theirs, ours, *seconds = alternate(
+        theirs, ours, seconds = alternate(
             self.arguments.alternations,
             lambda: self.released.fit(self.support, NUM_HEADS),
             lambda: SparseAttentionVectors.fit(self.heads(self.lmm, self.support), labels, NUM_HEADS),
@@ -305,7 +312,7 @@ class Bench:
         agreement = self.check_heads(self.heads(self.lmm, self.support), self.support)
         require(np.array_equal(theirs[0], ours.scores.ravel()), "scores of the heads")
         require([self.released.all_heads[i] for i in theirs[1]] == list(ours.heads), "chosen heads")
-        return Row("fitting", "example", len(self.support), *seconds, 3.5, f"{agreement}, same scores and heads")
+        return Row("fitting", "example", len(self.support), seconds, 3.5, f"{agreement}, same scores and heads")
 
     def _predict(self, name: str, lmm: Any, target: float) -> Row:
         from sav_jax import SparseAttentionVectors
@@ -320,12 +327,12 @@ class Bench:
         def theirs() -> list[str]:
             return [sav.labels[self.released.predict(path, chosen, means)] for path, _ in self.queries]
 
-        predicted, ours, *seconds = alternate(
+        predicted, ours, seconds = alternate(
             self.arguments.alternations, theirs, lambda: sav.predict(self.heads(lmm, self.queries))
         )
         agreement = self.check_heads(self.heads(lmm, self.queries), self.queries)
         require(predicted == ours, "predictions")
-        return Row(name, "query", len(self.queries), *seconds, target, f"{agreement}, same predictions")
+        return Row(name, "query", len(self.queries), seconds, target, f"{agreement}, same predictions")
 
     def full(self) -> Row:
         """Queries through all layers."""
@@ -342,11 +349,11 @@ class Bench:
         def ours(reuse: bool) -> Callable[[], np.ndarray]:
             return lambda: self.heads(self.lmm, pictures, QUESTIONS, reuse_images=reuse)
 
-        without, heads, *seconds = alternate(self.arguments.alternations, ours(False), ours(True))
+        without, heads, seconds = alternate(self.arguments.alternations, ours(False), ours(True))
         off = np.abs(without - heads).max() / without.std()
         require(off < 1e-5, f"heads by {off:.1e} of their standard deviation")
         work = len(pictures) * len(QUESTIONS)
-        return Row("four questions on one image", "question", work, *seconds, 2.0, f"heads within {off:.0e}")
+        return Row("four questions on one image", "question", work, seconds, 2.0, f"heads within {off:.0e}")
 
     def scoring(self) -> Row:
         """784 heads of width 128 (a Qwen2-7B's), 200 examples of 10 classes: class means, and which heads are right."""
@@ -363,15 +370,15 @@ class Bench:
         def loop() -> np.ndarray:
             values = torch.from_numpy(heads)
             means = torch.stack([values[labels == c].mean(0) for c in range(10)], dim=1)
-            return sum(loop_right(values[i], means, labels[i]) for i in range(examples))
+            return np.sum([loop_right(values[i], means, labels[i]) for i in range(examples)], axis=0)
 
-        theirs, ours, *seconds = alternate(
+        theirs, ours, seconds = alternate(
             self.arguments.alternations,
             loop,
             lambda: score_heads(heads, labels, 10, leave_one_out=False, mesh=local_mesh())[1],
         )
         require(np.array_equal(theirs, ours), "scores")
-        return Row("scoring 784 heads", "example", examples, *seconds, 30.0, "same scores")
+        return Row("scoring 784 heads", "example", examples, seconds, 30.0, "same scores")
 
 
 def main(arguments: Arguments) -> None:

@@ -42,8 +42,16 @@ def family(request: pytest.FixtureRequest, make_reference: Callable[..., Referen
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every batch that is run."""
     found: list[Any] = []
-    original = extract.put_batch
-    monkeypatch.setattr(extract, "put_batch", lambda batch, mesh: (found.append(batch), original(batch, mesh))[1])
+    original = extract.run_batches
+
+    def spy(lmm: Any, step: Any, *rest: Any, **options: Any) -> Any:
+        def spied(params: Any, batch: Any, *further: Any) -> Any:
+            found.append(batch)
+            return step(params, batch, *further)
+
+        return original(lmm, spied, *rest, **options)
+
+    monkeypatch.setattr(extract, "run_batches", spy)
     return found
 
 
