@@ -129,7 +129,8 @@ class DualEncoder:
             chunk = items[start : start + full]
             padding = min(full, next_size(len(chunk), multiple)) - len(chunk)
             arrays = [np.concatenate([x, np.repeat(x[:1], padding, axis=0)]) for x in prepare(chunk)]
-            out[start : start + len(chunk)] = step(self.params, *put_batch(arrays, self.mesh))[: len(chunk)]
+            with jax.default_matmul_precision("highest"):  # of float32 where that is the dtype; others have one way
+                out[start : start + len(chunk)] = step(self.params, *put_batch(arrays, self.mesh))[: len(chunk)]
         return out
 
 

@@ -33,7 +33,7 @@ from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
 from sav_jax.packing import Pack, pack
-from sav_jax.sharding import data_size, on, own_rows, put_own_rows
+from sav_jax.sharding import data_size, own_rows, put_own_rows
 
 _FEATURE_VERSION = "heads 1"
 """Part of every cache key; raised when the meaning or the numbers of the features change."""
@@ -341,7 +341,7 @@ def run_batches(
                     unreadable = error
                     prepared.clear()
                 else:
-                    with on(lmm.mesh):
+                    with lmm.running():
                         running.append((plan, step(lmm.params, put_own_rows(batch, lmm.mesh), *further(plan))))
                     if (following := next(upcoming, None)) is not None:
                         prepared.append((following, pool.submit(host_batch, following)))

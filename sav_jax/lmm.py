@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,7 @@ from sav_jax.models.multimodal import MultimodalModel, init_params
 from sav_jax.models.processor import Processor, load_processor
 from sav_jax.models.registry import Architecture, architecture, read_config
 from sav_jax.models.weights import load_params, read_headers, weight_files
-from sav_jax.sharding import parameter_sharding
+from sav_jax.sharding import on, parameter_sharding
 
 BUNDLED = {"tiny": Path(__file__).parent / "models" / "tiny"}
 """Checkpoints that come with the package, by name."""
@@ -109,6 +110,17 @@ class LMM:
         if not 1 <= num_layers <= self.num_layers:
             raise UserError(f"{self.name} has 1 to {self.num_layers} layers, not {num_layers}")
         return dataclasses.replace(self, architecture=architecture(self.hf_config, num_layers))
+
+    def running(self) -> contextlib.AbstractContextManager[Any]:
+        """Open while a program of this model is traced and called: the mesh is known (:func:`sav_jax.sharding.on`), and
+        products of float32 are of float32. By default GPU and TPU would round their factors to fewer bits (measured on
+        an NVIDIA H200: heads 6e-5 off, relative, instead of 8e-7).
+        """
+        stack = contextlib.ExitStack()
+        stack.enter_context(on(self.mesh))
+        if self.dtype == jnp.float32:
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        return stack
 
     def reinitialized(self, seed: int) -> LMM:
         """The same architecture with random weights (Flax's default initialisers): the control every few-shot result

@@ -214,7 +214,8 @@ class _Evaluation:
         rows, prompts, last = batch
         padded = [*rows, *[rows[0]] * (self.size - len(rows))]
         arrays = put_batch((prompts, last, self.answers[padded], self.lengths[padded]), self.lmm.mesh)
-        losses = _loss_step(self.lmm.module, self.stops)(self.lmm.params, *arrays, self.values, masks)
+        with self.lmm.running():
+            losses = _loss_step(self.lmm.module, self.stops)(self.lmm.params, *arrays, self.values, masks)
         self.passes += len(rows)
         return np.asarray(losses, np.float64)[:, : len(rows)]
 

@@ -20,7 +20,7 @@ from _gpu_run import GIB, Run, alternate, attempt, blocking, compiled_step, rela
 
 def parity(run: Run) -> None:
     """Heads of both families at four layers, through a checkpoint on disk, against transformers in float32."""
-    for family in ("onevision", "qwen2vl"):
+    for family in ("qwen2vl", "onevision"):
         with attempt():
             family_parity(run, family)
         gc.collect()
@@ -65,7 +65,7 @@ def family_parity(run: Run, family: str) -> None:
             relative=relative(heads, reference),
         )
 
-    with jax.default_matmul_precision("highest"):
+    with lmm.running():
         compare("ours, float32", compiled_step(lmm, prompts.batch)[0](lmm.params, prompts.batch))
     half = dataclasses.replace(
         lmm, dtype=jnp.dtype("bfloat16"), params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), lmm.params)
