@@ -15,7 +15,7 @@ from sav_jax import _training_options as training_options
 from sav_jax import cli
 from sav_jax._files import check_output_file, check_output_folder, write_file
 from sav_jax._options import Running
-from sav_jax._processes import by_the_first, start
+from sav_jax._processes import by_the_first, failing_together, start
 from sav_jax._tpu import leave_tpus_alone
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
 from sav_jax.errors import UserError
@@ -194,14 +194,18 @@ def _train(options: training_options.Train) -> None:
         start(devices.coordinator, devices.num_processes, devices.process_id)
     elif devices.num_processes is not None or devices.process_id is not None:
         raise UserError("--num-processes and --process-id need --coordinator HOST:PORT")
-    if isinstance(options.recipe, training_options.Aim):
-        _train_aim(options.recipe)
-        return
+    with failing_together():
+        if isinstance(options.recipe, training_options.Aim):
+            _train_aim(options.recipe)
+        else:
+            _tune(options.recipe)
+
+
+def _tune(chosen: training_options.Lora | training_options.SqLlava) -> None:
     from sav_jax.train.chats import read_chats
     from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
     from sav_jax.train.tune import export, tuned_with_updates
 
-    chosen = options.recipe
     presets = LORA_PRESETS if isinstance(chosen, training_options.Lora) else SQ_PRESETS
     recipe = overridden(presets[chosen.preset], vars(chosen) | vars(chosen.run))
     by_the_first(lambda: check_output_folder(chosen.output, "run.json"))

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import atexit
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +18,8 @@ import numpy as np
 from sav_jax.errors import UserError
 
 _LONGEST = 2000  # bytes of a message
+_GRACE = 5.0  # seconds in which a process may fail by itself before it is ended
+_runs = itertools.count()
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -54,6 +63,58 @@ def by_the_first(work: Callable[[], object]) -> None:
     told = np.asarray(multihost_utils.broadcast_one_to_all(message)).astype(np.uint8)
     if told.any():
         raise UserError(told.tobytes().rstrip(b"\0").decode(errors="ignore"))
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """What one process raises ends the others, too, which would wait for it in the next collective for ever.
+
+    They say which process failed and why, and exit with status 2, unless they fail by themselves within seconds (what all
+    of them find out, such as a bad row). Processes enter this in the same order.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    from jax._src.distributed import global_state  # JAX has no public way to its key-value store
+
+    client: Any = global_state.client
+    run = f"sav_jax/run{next(_runs)}"
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            try:
+                message = client.blocking_key_value_get(f"{run}/failed", 1000)
+            except Exception:  # nothing yet
+                over.wait(0.05)
+                continue
+            if not over.wait(_GRACE):
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                client.key_value_set(f"{run}/ended/{jax.process_index()}", "")
+                os._exit(2)
+            return
+
+    def leave(status: int) -> None:
+        """Without waiting for processes that have been ended, as JAX would at exit."""
+        until = time.monotonic() + _GRACE + 2
+        while time.monotonic() < until:
+            if client.key_value_dir_get(f"{run}/ended"):
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+            time.sleep(0.1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        over.set()
+        said = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        client.key_value_set(f"{run}/failed", f"process {jax.process_index()}: {said}", allow_overwrite=True)
+        atexit.register(leave, 2 if isinstance(error, UserError) else 1)
+        raise
+    finally:
+        over.set()
 
 
 def gathered(tree: Any) -> Any:

@@ -358,7 +358,10 @@ def lesson(processor: Processor, chat: Chat, form: ChatFormat, max_tokens: int |
         verbose=False,
     )
     ids = np.asarray(encoded["input_ids"], np.int32)
-    learned = np.array([any(a < stop and start < b for start, stop in spans) for a, b in encoded["offset_mapping"]])
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    learned = np.zeros(len(ids), bool)
+    for start, stop in spans:
+        learned |= (offsets[:, 0] < stop) & (start < offsets[:, 1])
     prompt = processor.expand(encoded["input_ids"], chat.media.image_sizes())
     placeholder = ids == processor.config.image_token_id
     targets = np.full(len(prompt.token_ids), -1, np.int32)

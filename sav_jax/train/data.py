@@ -10,12 +10,14 @@ Axes: B batch, T tokens, R targets of the longest row.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from flax import struct
+from tqdm import tqdm
 
 from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_tokens
 from sav_jax.errors import UserError
@@ -145,12 +147,14 @@ class ChatData:
         sq_ratio: float = 0.0,
         max_tokens: int | None = None,
         group_by_modality: bool = False,
+        progress: bool = False,
     ):
         if not chats:
             raise UserError("there is nothing to train on")
         self.lmm, self.chats, self.form = lmm, chats, form
         self.seed, self.sq_ratio, self.max_tokens = seed, sq_ratio, max_tokens or lmm.max_tokens
-        every = [_sizes(self._lesson(row, None)) for row in range(len(chats))]
+        rows = tqdm(range(len(chats)), "planning", unit=" rows", file=sys.stderr, disable=not progress, mininterval=0.5)
+        every = [_sizes(self._lesson(row, None)) for row in rows]
         self.cut = sum(size.tokens == self.max_tokens for size in every)
         self.plans = plan_steps(every, batch_size, steps, seed, group_by_modality)
 

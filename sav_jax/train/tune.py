@@ -79,6 +79,7 @@ def tuned_with_updates(
         sq_ratio=recipe.sq_ratio,
         max_tokens=recipe.max_tokens or None,
         group_by_modality=recipe.group_by_modality,
+        progress=progress and jax.process_index() == 0,
     )
     if progress and jax.process_index() == 0:
         number = sum(value.size for value in problem.initial.values())

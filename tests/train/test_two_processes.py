@@ -56,6 +56,14 @@ try:
     by_the_first(refuse)
 except UserError as error:
     print(error)
+
+def unreadable(self, step):
+    if step == 2 and index == "1":
+        raise UserError("one.png: cannot be read")
+    return get(self, step)
+
+ChatData.__getitem__ = unreadable
+sys.exit(main(["train", "lora", *given, "--output", dying_run + "2"]))
 """
 
 
@@ -94,8 +102,10 @@ def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tupl
     finally:
         for one in both:
             one.kill()
-    for one, (_, errors) in zip(both, said_by, strict=True):
-        assert one.returncode == 0, errors[-3000:]
+    for one, said, (_, errors) in zip(both, ("process 1: ", ""), said_by, strict=True):
+        assert one.returncode == 2, errors[-3000:]
+        # The second could not go on, and the first does not wait for it.
+        assert f"error: {said}one.png: cannot be read\n" in errors
     written = f"written to {folder / 'two'}: model, adapter\n"
     # Only one says what was written; both know what the first refuses. (Gloo's own lines stand between.)
     for said in ("died\n", "no, says process 0\n"):
