@@ -69,8 +69,8 @@ def by_the_first(work: Callable[[], object]) -> None:
 def failing_together() -> Iterator[None]:
     """What one process raises ends the others, too, which would wait for it in the next collective for ever.
 
-    They say which process failed and why, and exit with status 2, unless they fail by themselves within seconds (what all
-    of them find out, such as a bad row). Processes enter this in the same order.
+    They say which process failed and why, and exit with status 2, unless they fail by themselves within seconds (what
+    all of them find out, such as a bad row). Processes enter this in the same order.
     """
     if jax.process_count() == 1:
         yield

@@ -39,7 +39,7 @@ from sav_jax.models.processor import Prompt, virtual_places
 from sav_jax.sharding import own_rows
 from sav_jax.train import loop
 from sav_jax.train.chats import ChatFormat, Lesson, chat_format
-from sav_jax.train.data import LessonBatch, Sizes, padding_of, plan_steps, round_targets, supervised
+from sav_jax.train.data import LessonBatch, Sizes, padding_of, plan_steps, round_targets, supervised, with_image
 from sav_jax.train.optimizer import Group, Optimization, check, trainable_groups
 from sav_jax.train.supervised import next_token_loss
 
@@ -310,14 +310,17 @@ class AimData:
                 taken += (where + k * plan.reading.tokens).tolist() if k < number else []
             places[i, : len(taken)] = taken
         pixels = self.lmm.processor.pixels
+        every = [(row, pair) for row, _ in plan.rows for pair in range(min(plan.shots, len(self.documents[row]) - 1))]
+        demonstrations = (self._planned(row, pair)[0] for row, pair in every)
+        asking = (self._lesson(row, plan.shots).prompt for row, _ in plan.rows)
         read = assemble(
             BatchPlan(plan.reading, tuple(range(len(prompts))), len(prompts)),
-            prompts,
+            with_image(prompts, plan.reading, demonstrations),
             [pixels(example.load_images()) for example in shown],
         )
         asked = assemble(
             BatchPlan(plan.bucket, tuple(range(len(rows))), len(rows)),
-            [lesson.prompt for lesson in lessons],
+            with_image([lesson.prompt for lesson in lessons], plan.bucket, asking),
             [pixels(example.load_images()) for example in queries],
         )
         return AimBatch(

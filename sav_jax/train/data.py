@@ -11,7 +11,7 @@ Axes: B batch, T tokens, R targets of the longest row.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_toke
 from sav_jax.errors import UserError
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Array, Batch
+from sav_jax.models.processor import Prompt
 from sav_jax.sharding import own_rows
 from sav_jax.train.chats import Chat, ChatFormat, Lesson, lesson, with_questions
 
@@ -186,8 +187,18 @@ class ChatData:
         media = [self.chats[row].media for row, _ in rows]
         pixels = [self.lmm.processor.pixels(example.load_images(), example.load_videos()) for example in media]
         own = BatchPlan(plan.bucket, tuple(range(len(rows))), len(rows))
-        batch = assemble(own, [one.prompt for one in lessons], pixels)
+        whole = (self._lesson(row, epoch).prompt for row, epoch in plan.rows)
+        batch = assemble(own, with_image([one.prompt for one in lessons], plan.bucket, whole), pixels)
         return supervised(batch, [one.targets for one in lessons], plan.targets)
+
+
+def with_image(own: list[Prompt], bucket: Bucket, whole: Iterable[Prompt]) -> list[Prompt]:
+    """This process's prompts and, if none of them has an image but the whole batch has, one more that has: of it
+    :func:`~sav_jax.batching.assemble` learns what arrays the images have.
+    """
+    if not bucket.rows or any(prompt.num_rows for prompt in own):
+        return own
+    return [*own, next(prompt for prompt in whole if prompt.num_rows)]
 
 
 def supervised(batch: Batch, targets: Sequence[np.ndarray], width: int) -> LessonBatch:

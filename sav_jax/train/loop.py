@@ -223,7 +223,7 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
         with _Log(directory, first, settings, progress) as log:
             waiting: list[tuple[int, dict[str, jax.Array]]] = []
             compiled: set[Any] = set()
-            for step, batch in zip(range(first, len(data)), batches(data, first), strict=False):
+            for step, batch in zip(range(first, len(data)), batches(data, first), strict=True):
                 batch = put_own_rows(batch, problem.mesh)
                 shapes = tuple(x.shape for x in jax.tree.leaves(batch))
                 if new := shapes not in compiled:

@@ -295,6 +295,18 @@ def test_tokens_of_a_step_are_those_of_its_rows(lmm: sav_jax.LMM) -> None:
     assert 0 < padding_of(data) < 1
 
 
+def test_a_process_whose_rows_are_text_alone(lmm: sav_jax.LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arrays have the shapes of the others', which have images."""
+    said = sorted(chats(8), key=lambda chat: not chat.has_image)[4:]  # two of eight are text
+    data = ChatData(lmm, said, chat_format(lmm.processor, lmm.stop_token_ids), batch_size=4, steps=1, seed=0)
+    whole = data[0]
+    images = [said[row].has_image for row, _ in data.plans[0].rows]
+    assert images == [True, True, False, False]
+    monkeypatch.setattr("sav_jax.train.data.own_rows", lambda mesh, size: slice(2, 4))
+    for mine, all_of_them in zip(jax.tree.leaves(data[0]), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(mine, all_of_them[2:])
+
+
 def test_a_stop_token_that_does_not_stop_is_warned_of(lmm: sav_jax.LMM, capsys: pytest.CaptureFixture[str]) -> None:
     warn_of_endless_answers(lmm, VICUNA_SQ)
     said = capsys.readouterr().err

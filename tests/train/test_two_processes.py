@@ -103,7 +103,7 @@ def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tupl
         for one in both:
             one.kill()
     for one, said, (_, errors) in zip(both, ("process 1: ", ""), said_by, strict=True):
-        assert one.returncode == 2, errors[-3000:]
+        assert one.returncode == 2, [text[-3000:] for _, text in said_by]
         # The second could not go on, and the first does not wait for it.
         assert f"error: {said}one.png: cannot be read\n" in errors
     written = f"written to {folder / 'two'}: model, adapter\n"
