@@ -81,6 +81,13 @@ def failing_together() -> Iterator[None]:
     run = f"sav_jax/run{next(_runs)}"
     over = threading.Event()
 
+    def end(status: int) -> None:
+        if jax.process_index() == 0:
+            time.sleep(2)  # without the first, which has the store, the others would crash
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
     def watch() -> None:
         while not over.is_set():
             try:
@@ -91,7 +98,7 @@ def failing_together() -> Iterator[None]:
             if not over.wait(_GRACE):
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 client.key_value_set(f"{run}/ended/{jax.process_index()}", "")
-                os._exit(2)
+                end(2)
             return
 
     def leave(status: int) -> None:
@@ -99,9 +106,7 @@ def failing_together() -> Iterator[None]:
         until = time.monotonic() + _GRACE + 2
         while time.monotonic() < until:
             if client.key_value_dir_get(f"{run}/ended"):
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
+                end(status)
             time.sleep(0.1)
 
     threading.Thread(target=watch, daemon=True).start()
