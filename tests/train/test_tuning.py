@@ -195,7 +195,7 @@ def test_updates_whose_b_is_zero_change_nothing_exactly(lmm: sav_jax.LMM) -> Non
     updates = lora.variables(lmm.module, recipe.targets, weights)
     base = read({"params": lmm.params}, batch)
     same = read({"params": lmm.params, "lora": updates}, batch)
-    assert jax.tree.structure(base) == jax.tree.structure(same)
+    assert len(jax.tree.leaves(base)) == 2
     for one, other in zip(jax.tree.leaves(base), jax.tree.leaves(same), strict=True):
         np.testing.assert_array_equal(one, other)
     # And they are there: with B not zero everything moves.
@@ -240,7 +240,8 @@ def test_another_recipe_is_refused(lmm: sav_jax.LMM, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", BAD, ids=str)
 def test_settings_out_of_range_are_refused_where_they_are_made(options: dict[str, Any]) -> None:
     (name,) = options
-    for preset in (SQ_PRESETS["debug"], AIM_PRESETS["debug"]):
+    presets: list[Any] = [SQ_PRESETS["debug"], AIM_PRESETS["debug"]]
+    for preset in presets:
         if hasattr(preset, name) or hasattr(preset.optimization, name):
             with pytest.raises(UserError, match=rf"^{name} (must be .*, not|.* is not known)"):
                 overridden(preset, options)
