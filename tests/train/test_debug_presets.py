@@ -19,6 +19,8 @@ from debug_runs import PRESETS, losses, trained
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import sav_jax
+from sav_jax.aim import load_aim
+from sav_jax.models.fusion import initial_params
 from sav_jax.models.layers import Projection
 from sav_jax.train import loop
 
@@ -109,6 +111,17 @@ def same(got: dict[str, np.ndarray], directory: Path, expected: Run) -> None:
     assert losses(directory) == losses(expected[0])
     steps = [json.loads(line)["step"] for line in (directory / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_aim_trains_the_projection_alone(lmm: sav_jax.LMM, whole: dict[str, Run]) -> None:
+    aim = load_aim(whole["aim"][0])
+    before = initial_params(aim.config, 0, "identity", 1.0)
+    assert set(aim.params) == set(before) == {"linear_1/kernel", "linear_1/bias", "norm/scale", "norm/bias"}
+    for path, value in aim.params.items():
+        np.testing.assert_array_equal(value, whole["aim"][1][path])
+        assert value.dtype == np.float32
+        assert np.abs(value - before[path]).max() > 1e-3, "every one of its arrays has moved"
+    assert aim.model == lmm.fingerprint
 
 
 def test_the_vision_towers_updates_are_trained(whole: dict[str, Run]) -> None:

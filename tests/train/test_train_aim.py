@@ -29,21 +29,6 @@ DEBUG = AIM_PRESETS["debug"]
 ONE = dataclasses.replace(DEBUG, shots=(2,), steps=2)  # a single program
 
 
-@pytest.fixture(scope="module")
-def unbroken(lmm: sav_jax.LMM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Aim]:
-    directory = tmp_path_factory.mktemp("runs") / "unbroken"
-    return directory, train_aim(lmm, documents(), DEBUG, directory, progress=False)
-
-
-def test_the_projection_alone_is_trained(lmm: sav_jax.LMM, unbroken: tuple[Path, Aim]) -> None:
-    before = initial_params(unbroken[1].config, 0, "identity", 1.0)
-    assert set(unbroken[1].params) == set(before) == {"linear_1/kernel", "linear_1/bias", "norm/scale", "norm/bias"}
-    for path, value in unbroken[1].params.items():
-        assert value.dtype == np.float32
-        assert np.abs(value - before[path]).max() > 1e-3, "every one of its arrays has moved"
-    assert unbroken[1].model == lmm.fingerprint
-
-
 def test_the_loss_is_the_likelihood_of_the_answers(lmm: sav_jax.LMM) -> None:
     """Of the training's own batch, against the library's option scoring after a bank's virtual tokens."""
     recipe = dataclasses.replace(DEBUG, shots=(2,), steps=1).resolved(24)
