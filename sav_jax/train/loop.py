@@ -119,7 +119,8 @@ def initial_state(problem: Problem, transform: optax.GradientTransformation) -> 
 
 def _placed(problem: Problem, path: str, value: Any) -> jax.Array:
     if problem.mesh is None:
-        return jnp.asarray(value, jnp.float32)
+        # Put where a restored state is put, too: a resumed run then runs the very program of the first.
+        return jax.device_put(jnp.asarray(value, jnp.float32), jax.local_devices()[0])
     assert problem.shardings is not None
     sharding = problem.shardings[path]
     if isinstance(value, jax.Array):
