@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import Reference
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import sav_jax
+from sav_jax.models import weights
 from sav_jax.models.registry import read_config
 from sav_jax.models.weights import CheckpointError, read_headers, save_checkpoint
 
@@ -36,6 +40,23 @@ def assert_same_params(ours: sav_jax.LMM, theirs: sav_jax.LMM) -> None:
     assert a == jax.tree.structure(theirs.params)
     for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@given(
+    st.lists(st.sampled_from([1, 2, 5, 255, 256, 300]), min_size=1, max_size=3),
+    st.randoms(use_true_random=False),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+)
+def test_copies_of_every_layout(shape: list[int], random: Any, stored: str, wanted: str) -> None:
+    """Axes in any order, a part of one, any cast: what NumPy makes of it."""
+    shape = [size if i < 2 else min(size, 5) for i, size in enumerate(shape)]
+    numbers = np.arange(np.prod(shape)).reshape(shape) % 97 / 7
+    source = numbers.astype(jnp.dtype(stored)).transpose(random.sample(range(len(shape)), len(shape)))
+    source = source[random.randrange(source.shape[0]) :]
+    target = np.empty(source.shape, jnp.dtype(wanted))
+    weights.copy(source, target)
+    np.testing.assert_array_equal(target.astype(np.float32), source.astype(target.dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
