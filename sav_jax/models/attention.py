@@ -34,17 +34,24 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) ->
     """Grouped-query attention with float32 scores; ``mask`` broadcasts to ``[B, K, G, T, S]``, True where a query may
     look.
     """
-    # Heads first, and the queries of a group as rows of one product: else the scores would be transposed, not q. Sums
-    # divide what comes out, ``[T, H]``, and not the weights, ``[T, S]``.
-    group = q.shape[2] // k.shape[2]
-    scale = q.shape[-1] ** -0.5
-    if q.dtype == jnp.float32:  # fewer numbers; in half precision the product would be rounded again
-        q, scale = q * scale, 1.0
-    q = rearrange(q, "b t (k g) h -> b k (g t) h", g=group)
-    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
-    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32) * scale
+    q = rearrange(q, "b t (k g) h -> b t k g h", k=k.shape[2])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
     if mask is not None:
         # finfo.min rather than -inf: a row that may look nowhere (padding) stays finite instead of becoming NaN.
+        scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", weights, v), "b t k g h -> b t (k g) h")
+
+
+def _attend_in_caches(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The same for a CPU. Heads come first, and the queries of a group are rows of one product: else the scores would
+    be transposed, not q. Sums divide what comes out, ``[T, H]``, and not the weights, ``[T, S]``.
+    """
+    group = q.shape[2] // k.shape[2]
+    q = rearrange(q, "b t (k g) h -> b k (g t) h", g=group)
+    k, v = (rearrange(x, "b s k h -> b k s h") for x in (k, v))
+    scores = jnp.einsum("BKRH,BKSH->BKRS", q, k, preferred_element_type=jnp.float32) * (q.shape[-1] ** -0.5)
+    if mask is not None:
         scores = rearrange(scores, "b k (g t) s -> b k g t s", g=group)
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         scores = rearrange(scores, "b k g t s -> b k (g t) s")
@@ -89,7 +96,7 @@ def _blocked(
         return _xla(q, k, v, causal, lengths, offsets)
     if not causal:
         starts = range(0, q.shape[1], QUERY_BLOCK)
-        return jnp.concatenate([_attend(q[:, i : i + QUERY_BLOCK], k, v, None) for i in starts], axis=1)
+        return jnp.concatenate([_attend_in_caches(q[:, i : i + QUERY_BLOCK], k, v, None) for i in starts], axis=1)
     # Padding comes last: no real query sees it, whatever the lengths.
     length, size = q.shape[1], CAUSAL_BLOCK
     # At most eight groups of blocks see the same keys; those of a group run one after the other, by a loop: XLA would
@@ -107,7 +114,7 @@ def _blocked(
             mask = (jnp.arange(stop)[None, :] <= (at + jnp.arange(queries.shape[1]))[:, None])[None]
             if segments is not None and own is not None:
                 mask = mask & _visible(own, segments[:, :stop])
-            return _attend(queries, k[:, :stop], v[:, :stop], mask[:, None, None])
+            return _attend_in_caches(queries, k[:, :stop], v[:, :stop], mask[:, None, None])
 
         if count == 1:
             results.append(block(queries, own, start))
