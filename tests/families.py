@@ -141,6 +141,13 @@ class Family:
         return {case: sav_jax.extract_heads(self.lmm, [case_example(case)], 1, progress=False)[0] for case in ALONE}
 
 
+def assert_invariant(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """The same sums in another company, or on other devices, differ by the order of addition only: by some hundred times
+    2^-24 of the largest number, as rounding is relative. (With a user's compiler by less than 1e-5: docs/parity.md.)
+    """
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1.0, np.abs(theirs).max()))
+
+
 def run_together(lmm: sav_jax.LMM, examples: Sequence[sav_jax.Example]) -> tuple[np.ndarray, np.ndarray]:
     """Heads ``[E, L, N, H]`` and logits ``[E, V]`` of examples in one batch."""
     return run(lmm, together(lmm, examples))

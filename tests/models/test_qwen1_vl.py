@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints_qwen1 import OUTPUTS, PROMPTS, QUESTIONS, REAL, example_of, prompts_of
-from families import MESHES, continue_together, mesh_of, run, run_together, step_of, together
+from families import MESHES, assert_invariant, continue_together, mesh_of, run, run_together, step_of, together
 from safetensors.numpy import load_file, save_file
 
 import sav_jax
@@ -38,8 +38,6 @@ from sav_jax.models.weights import CheckpointError, save_checkpoint
 # its rotations being of order hundred: 1e-4 absolute (the promised bound) leaves a margin of 4 over what is measured
 # (2.4e-5).
 PARITY = 1e-4
-# The same sums in another company differ by the order of addition only.
-INVARIANCE = 1e-5
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +150,7 @@ def test_company_does_not_matter(
     lmm = load_qwen1(config)
     for name in prompts_of(config)[1:3]:
         alone = sav_jax.extract_heads(lmm, [example_of(name)], progress=False)[0]
-        np.testing.assert_allclose(alone, computed(config)[name][0], rtol=0, atol=INVARIANCE)
+        assert_invariant(alone, computed(config)[name][0])
 
 
 def test_first_layers_alone(
@@ -160,7 +158,7 @@ def test_first_layers_alone(
 ) -> None:
     shallow = sav_jax.load(qwen1.build(tmp_path, qwen1.CONFIGS["released"], chat=True), num_layers=2)
     heads = sav_jax.extract_heads(shallow, [example_of("released/one image")], progress=False)[0]
-    np.testing.assert_allclose(heads, computed("released")["released/one image"][0][:2], rtol=0, atol=INVARIANCE)
+    assert_invariant(heads, computed("released")["released/one image"][0][:2])
 
 
 def test_a_kept_prefix_keeps_its_wavelengths(load_qwen1: Callable[[str], sav_jax.LMM]) -> None:
@@ -190,7 +188,7 @@ def test_any_mesh_gives_the_same_heads(
     sharded = sav_jax.load(directory, mesh=mesh_of(axes))
     examples = [example_of(name) for name in ("long/one image", "long/97 tokens")] * 4
     for ours, plain in zip(run_together(sharded, examples), run_together(load_qwen1("long"), examples), strict=True):
-        np.testing.assert_allclose(ours, plain, rtol=0, atol=INVARIANCE)
+        assert_invariant(ours, plain)
     kernel = sharded.params["language_model"]["layers"]["self_attn"]["qkv"]["kernel"]
     assert kernel.addressable_shards[0].data.shape[3] == 8 // axes.get("model", 1), "heads are split"
 

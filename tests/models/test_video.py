@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Reference, picture
+from families import assert_invariant
 from families_video import ALONE, CASES, NAMES, Case, VideoFamily, inputs, pixels
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +30,6 @@ from sav_jax.models.video import VideoShape, uniform_frames, video_settings
 
 # As in test_families.py: values are of order one.
 PARITY = 1e-4
-INVARIANCE = 1e-5
 QWEN = NAMES[1:]
 
 
@@ -69,7 +69,7 @@ def test_every_head_and_logit(family: VideoFamily, case: str) -> None:
 
 @pytest.mark.parametrize("case", ALONE)
 def test_batch_padding_and_bucket_do_not_matter(family: VideoFamily, case: str) -> None:
-    np.testing.assert_allclose(family.alone[case], family.mixed[case][0], rtol=0, atol=INVARIANCE)
+    assert_invariant(family.alone[case], family.mixed[case][0])
 
 
 def test_frames_and_their_order_and_places_matter(family: VideoFamily) -> None:
