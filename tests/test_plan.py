@@ -145,8 +145,8 @@ def test_reading_prompts_on_a_pod(capsys: pytest.CaptureFixture[str]) -> None:
     counts = {one["kind"]: one["count"] for one in report["collectives"]}
     # Of q, k, v, o, gate, up, down and of q, k, v, out, fc1, fc2; some may be gathered together.
     assert counts["all-gather"] >= 4 * layers + 4 * tower
-    # After attention and after feed-forward, over "model", but for the last layer, of which heads alone are computed; the
-    # tower's five heads are not shared by two chips.
+    # After attention and after feed-forward, over "model", but for the last layer, of which heads alone are computed;
+    # the tower's five heads are not shared by two chips.
     assert counts["all-reduce"] >= 2 * (layers - 1) + tower
     roofline = report["roofline"]
     assert roofline["products"] == report["flops"] / 197e12
