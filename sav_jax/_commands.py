@@ -25,7 +25,7 @@ from sav_jax.errors import UserError
 from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 from sav_jax.extract import extract_heads
 from sav_jax.headstore import check_head_array_path, default_cache_dir, write_head_array
-from sav_jax.lmm import LMM, find_model, load, local_model
+from sav_jax.lmm import LMM, find_model, load, local_model, usual_mesh
 from sav_jax.sharding import mesh_of
 
 if TYPE_CHECKING:
@@ -369,9 +369,8 @@ def _report(options: cli.Report) -> None:
 
 
 def _load(model: str, dtype: str | None, num_layers: int | None = None, mesh: str | None = None) -> LMM:
-    """Load a model onto all devices, laid out as ``mesh`` says, or sharing batches."""
-    axes = mesh or f"data={jax.device_count()}"
-    placed = mesh_of(jax.devices(), axes) if mesh or jax.device_count() > 1 else None
+    """Load a model onto all devices, laid out as ``mesh`` says, or as usual."""
+    placed = mesh_of(jax.devices(), mesh or usual_mesh(model, dtype)) if mesh or jax.device_count() > 1 else None
     return load(model, dtype=dtype, mesh=placed, num_layers=num_layers)
 
 

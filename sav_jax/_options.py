@@ -42,7 +42,7 @@ class Running:
 class Devices:
     """On what it runs."""
 
-    mesh: Annotated[str | None, optional("AXIS=SIZE,...", "all devices share the batch")] = None
+    mesh: Annotated[str | None, optional("AXIS=SIZE,...", "data, or fsdp if weights are large")] = None
     """How all devices, of all processes, are laid out: 'data' shares the batch, 'fsdp' the batch and the storage of the
     weights, 'model' the work of every layer; such as fsdp=4,model=4."""
 

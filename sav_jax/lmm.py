@@ -185,6 +185,23 @@ def load(
     return LMM(name, arch, params, processor, fingerprint, dtype, mesh, raw, stops, longest)
 
 
+def usual_mesh(path: str | Path, dtype: Any = None) -> str:
+    """How all devices are laid out unless somebody says otherwise: they share the batch, and keep the weights in parts
+    ("fsdp") where the whole of them would take more than half of a device's memory.
+
+    Args:
+        path, dtype: as for :func:`load`.
+    """
+    count = jax.device_count()
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")  # a CPU's does not say
+    if count == 1 or limit is None:
+        return f"data={count}"
+    module = architecture(read_config(find_model(path))).module
+    shapes = jax.tree.leaves(jax.eval_shape(lambda: init_params(module, jax.random.key(0))))
+    size = sum(leaf.size for leaf in shapes) * floating_dtype(dtype).itemsize
+    return f"{'data' if 2 * size <= limit else 'fsdp'}={count}"
+
+
 @functools.lru_cache(maxsize=4)
 def _random_params(module: MultimodalModel, dtype: Any) -> Callable[[jax.Array], Any]:
     """Compiled once, whatever the number of seeds."""
