@@ -279,6 +279,7 @@ def read_examples(
     *,
     require_labels: bool = False,
     frames: int = DEFAULT_FRAMES,
+    media_folder: str | os.PathLike[str] | None = None,
 ) -> list[Example]:
     """Read a JSON Lines file, a JSON list or a folder of class folders.
 
@@ -290,6 +291,7 @@ def read_examples(
       question: asked of every picture or video of a folder, and of every row that has no question of its own.
       require_labels: if True, a row without a label is an error.
       frames: how many frames of each video are shown.
+      media_folder: what relative paths in a file are relative to, if it is not the file's own folder.
 
     Returns:
       At least one example. ``id`` is the row's own ``"id"``, else its running number from 0; in a folder the picture's
@@ -305,12 +307,13 @@ def read_examples(
         raise UserError(f"at least 1 frame of a video must be shown (--frames), not {frames}")
     if root.is_dir():
         return _read_folder(root, question, require_labels, frames)
+    base = root.parent if media_folder is None else Path(media_folder)
     examples: list[Example] = []
     problems: list[str] = []
     number = 0
     for number, (source, row) in enumerate(json_rows(root), start=1):
         try:
-            examples.append(_example(root, source, number - 1, row, question, require_labels, frames))
+            examples.append(_example(base, source, number - 1, row, question, require_labels, frames))
         except UserError as problem:
             problems.append(str(problem))
     if problems:
@@ -325,7 +328,7 @@ def read_examples(
 
 
 def _example(
-    path: Path, source: str, number: int, row: Any, question: str | None, require_labels: bool, frames: int
+    folder: Path, source: str, number: int, row: Any, question: str | None, require_labels: bool, frames: int
 ) -> Example:
     """Check one parsed row and make it an Example; raise UserError naming file, line and field."""
     if isinstance(row, UserError):
@@ -371,11 +374,11 @@ def _example(
                 raise bad(field, f"must be a path or a list of paths, not {json_kind(item)}")
             if not item.strip():
                 raise bad(field, "holds an empty path")
-            if problem := path_problem(path.parent, item):
+            if problem := path_problem(folder, item):
                 raise bad(field, problem)
             # The SAVs release names videos in "image", too.
             kind = "video" if item.lower().endswith(VIDEO_SUFFIXES) else field
-            paths[kind].append(path.parent / item)
+            paths[kind].append(folder / item)
     return Example(
         question=asked,
         images=tuple(paths["image"]),

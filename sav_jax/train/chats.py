@@ -69,7 +69,7 @@ def read_chats(path: str | Path, image_folder: str | Path | None = None) -> list
         raise UserError(f"{path}: is a folder; a file of conversations or labelled rows is expected")
     first = next((row for _, row in json_rows(path)), None)
     if not isinstance(first, dict) or not ("conversations" in first or misspelt(first, ("conversations",))):
-        return [chat_of(example) for example in read_examples(path, require_labels=True)]
+        return [chat_of(example) for example in read_examples(path, require_labels=True, media_folder=image_folder)]
     chats, problems = [], []
     for number, (source, row) in enumerate(json_rows(path)):
         try:

@@ -325,6 +325,7 @@ class _Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
+        self._directory = directory
         self._manager = ocp.CheckpointManager(
             directory, options=ocp.CheckpointManagerOptions(max_to_keep=settings.keep, create=True)
         )
@@ -342,7 +343,14 @@ class _Checkpoints:
         if step is None:
             return state
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        return self._manager.restore(step, args=self._ocp.args.StandardRestore(target))
+        try:
+            return self._manager.restore(step, args=self._ocp.args.StandardRestore(target))
+        except Exception as error:  # of several types, by what is damaged
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self._directory / str(step)}: the checkpoint cannot be read ({type(error).__name__}: {reason}); "
+                "remove that folder to go on from the one before"
+            ) from None
 
     def save(self, state: State) -> None:
         self._manager.save(int(state.step), args=self._ocp.args.StandardSave(state))

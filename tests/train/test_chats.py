@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import Reference, picture
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -47,6 +48,17 @@ def expected(lmm: sav_jax.LMM, pieces: list[tuple[str, bool]], bos: bool) -> tup
 @pytest.fixture(scope="module")
 def llava(make_reference: Callable[..., Reference]) -> sav_jax.LMM:
     return sav_jax.load(make_reference("llava").directory)
+
+
+def test_labelled_rows_take_an_image_folder(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "one.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"image": "one.png", "question": "what?", "label": "a"}\n')
+    (chat,) = read_chats(rows, tmp_path / "pictures")
+    assert chat.media.images == (tmp_path / "pictures" / "one.png",)
+    with pytest.raises(UserError, match="does not exist"):
+        read_chats(rows)
 
 
 def test_masks_of_the_checkpoints_own_template(lmm: sav_jax.LMM) -> None:

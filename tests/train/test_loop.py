@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sav_jax.errors import UserError
 from sav_jax.train import loop
 from sav_jax.train.optimizer import Group, Optimization
 
@@ -89,6 +91,22 @@ def test_killed_at_any_step_it_ends_with_the_same_bits(
         assert one["steps"] == (one["step"] - resumed if 0 < one["step"] - resumed < 3 else 3)
         if one["steps"] == 3:
             assert one["loss"] == other["loss"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves behind
+def test_a_damaged_checkpoint_is_named(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    newest = max((directory / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    for file in newest.rglob("manifest.ocdbt"):
+        file.write_bytes(b"")
+    with pytest.raises(
+        UserError, match=f"checkpoints/{newest.name}: the checkpoint cannot be read .*; remove that folder"
+    ):
+        loop.train(problem(), Numbers(), SETTINGS, directory, progress=False)
+    shutil.rmtree(newest)
+    found = loop.train(problem(), Numbers(), SETTINGS, directory, progress=False)
+    for name, value in whole[1].items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_the_log_counts_real_tokens_and_no_compiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
