@@ -13,7 +13,9 @@ Everything is float32 with full-precision products, whatever the dtype of the he
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,8 @@ _BLOCK_BYTES = 64 * 2**20  # of similarities, on each device
 _CHUNK_BYTES = 256 * 2**20  # of heads, over all devices
 _MAX_BLOCK = 16  # larger ones leave a CPU's caches
 _PADDED_BYTES = 16 * 2**20  # of heads: fewer are padded to whole blocks, and numbers alike share a program
+
+_ALIGNMENT = 64  # bytes
 
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -123,11 +127,30 @@ def _chunks(
         if missing := size - len(x):
             x = np.concatenate([x, np.zeros((missing, *x.shape[1:]), x.dtype)])
             y = np.concatenate([y, np.full(missing, num_classes, y.dtype)])
+        if jax.default_backend() == "cpu":
+            x = _aligned(x)
         # By callback, so that each process of a larger mesh sends only the rows of its own devices.
         yield (
             jax.make_array_from_callback(x.shape, sharding, functools.partial(np.ndarray.__getitem__, x)),
             jax.make_array_from_callback(y.shape, sharding, functools.partial(np.ndarray.__getitem__, y)),
         )
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """Zeros that begin where XLA wants arrays to begin: its CPU devices then work on them in place."""
+    dtype = np.dtype(dtype)
+    room = np.zeros(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    return room[start : start + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def _aligned(x: np.ndarray) -> np.ndarray:
+    """``x``, or a copy of it that begins there. NumPy copies in a quarter of the time that XLA needs."""
+    if x.ctypes.data % _ALIGNMENT == 0 and x.flags.c_contiguous:
+        return x
+    copied = aligned_zeros(x.shape, x.dtype)
+    copied[:] = x
+    return copied
 
 
 def _blocks(x: jax.Array, y: jax.Array, block: int, none: int) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 from sav_jax._processes import gathered, known_by_all, share, wait_for_all
+from sav_jax._profiling import Stopwatch
+from sav_jax._scoring import aligned_zeros
 from sav_jax.batching import BatchPlan, assemble, plan_batches
 from sav_jax.errors import UserError
 from sav_jax.examples import Example
@@ -34,6 +37,8 @@ from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
 from sav_jax.packing import Pack, pack
 from sav_jax.sharding import data_size, own_rows, put_own_rows
+
+_DECODERS = min(16, os.cpu_count() or 1)  # threads that decode and resize; Pillow and NumPy run beside each other
 
 _FEATURE_VERSION = "heads 1"
 """Part of every cache key; raised when the meaning or the numbers of the features change."""
@@ -83,7 +88,7 @@ def extract_heads(
     absent = set(range(len(rows)))
     if store is not None:
         absent = set(known_by_all(store.missing([keys[row] for row in rows]), len(rows)))
-    heads = np.zeros((len(keys), *lmm.heads_shape), np.float32)
+    heads = aligned_zeros((len(keys), *lmm.heads_shape))
     shown = [media[row] for row in rows] if reuse_images else None
     unique = [examples[row] for row in rows]
     # Batches are planned over all examples and run whole when any of theirs is missing: a resumed run computes each of
@@ -292,9 +297,9 @@ def run_batches(
 ) -> Iterator[tuple[BatchPlan, Any]]:
     """Run ``step(params, batch, *further(plan))`` on every plan.
 
-    Images and videos of the next batches are decoded by a thread while the device computes, and a result is fetched
-    only after the next batch has been dispatched. Of several processes each decodes the rows of its own devices; all
-    take the same steps and get every result whole.
+    Images and videos of the next batches are decoded and resized by threads while the device computes, and a result is
+    taken only after the next batch has been dispatched. Of several processes each decodes the rows of its own devices;
+    all take the same steps and get every result whole.
 
     Yields:
         Each plan, in order, with the step's result for its real rows: arrays of the same structure, on the host.
@@ -303,17 +308,25 @@ def run_batches(
         UserError: an image or video cannot be read; after the batches before have been yielded.
     """
 
-    def host_batch(plan: BatchPlan) -> Batch:
+    def rows_of(plan: BatchPlan) -> BatchPlan:
+        """The plan of this process's rows."""
+        if jax.process_count() == 1:
+            return plan
         filled = [*plan.rows, *[plan.rows[0]] * (plan.size - len(plan.rows))]
-        if jax.process_count() > 1:
-            own = tuple(filled[own_rows(lmm.mesh, plan.size)])
-            plan = replace(plan, rows=own, size=len(own))
-        pixels, virtual = {}, {}
-        for row in plan.rows:
-            if row not in pixels:
-                pixels[row] = lmm.processor.pixels(examples[row].load_images(), examples[row].load_videos())
-                virtual[row] = examples[row].virtual_tokens()
-        return assemble(plan, prompts, [pixels[row] for row in plan.rows], [virtual[row] for row in plan.rows])
+        own = tuple(filled[own_rows(lmm.mesh, plan.size)])
+        return replace(plan, rows=own, size=len(own))
+
+    def values_of(example: Example) -> tuple[np.ndarray, np.ndarray | None]:
+        return lmm.processor.pixels(example.load_images(), example.load_videos()), example.virtual_tokens()
+
+    def host_batch(plan: BatchPlan, values: Sequence[Future[tuple[np.ndarray, np.ndarray | None]]]) -> Batch:
+        pixels, virtual = zip(*(value.result() for value in values), strict=True)
+        return assemble(plan, prompts, pixels, virtual)
+
+    def prepare(plan: BatchPlan) -> tuple[BatchPlan, Future[Batch]]:
+        own = rows_of(plan)
+        values = {row: decoding.submit(values_of, examples[row]) for row in own.rows}
+        return plan, assembling.submit(host_batch, own, [values[row] for row in own.rows])
 
     def number_of(plan: BatchPlan) -> int:
         return sum(max(1, len(prompts[row].reads)) for row in plan.rows)
@@ -326,25 +339,32 @@ def run_batches(
         disable=not progress or not plans or jax.process_index() != 0,
         mininterval=0.5,
     )
-    pool = ThreadPoolExecutor(1)
+    # Two pools, as a batch waits for its pictures: in one, waiting threads could leave none to decode.
+    decoding, assembling = ThreadPoolExecutor(_DECODERS), ThreadPoolExecutor(1)
+    watch = Stopwatch()
     unreadable: UserError | None = None
     try:
         upcoming = iter(plans)
-        prepared = deque((plan, pool.submit(host_batch, plan)) for _, plan in zip(range(2), upcoming, strict=False))
+        prepared = deque(prepare(plan) for _, plan in zip(range(2), upcoming, strict=False))
         running: deque[tuple[BatchPlan, Any]] = deque()
         while prepared or running:
             if prepared:
                 plan, future = prepared.popleft()
                 try:
-                    batch = future.result()
+                    with watch.waiting():
+                        batch = future.result()
                 except UserError as error:
                     unreadable = error
                     prepared.clear()
                 else:
-                    with lmm.running():
-                        running.append((plan, step(lmm.params, put_own_rows(batch, lmm.mesh), *further(plan))))
+                    with watch.dispatching(), lmm.running():
+                        result = step(lmm.params, put_own_rows(batch, lmm.mesh), *further(plan))
+                    for leaf in jax.tree.leaves(result):
+                        leaf.copy_to_host_async()
+                    watch.dispatched(result, number_of(plan), plan.size * plan.bucket.tokens)
+                    running.append((plan, result))
                     if (following := next(upcoming, None)) is not None:
-                        prepared.append((following, pool.submit(host_batch, following)))
+                        prepared.append(prepare(following))
             if len(running) > 1 or (running and not prepared):
                 plan, result = running.popleft()
                 rows = len(plan.rows)
@@ -353,8 +373,10 @@ def run_batches(
         if unreadable is not None:
             raise unreadable
     finally:
+        watch.stop()
         bar.close()
-        pool.shutdown(cancel_futures=True)
+        assembling.shutdown(cancel_futures=True)
+        decoding.shutdown(cancel_futures=True)
 
 
 def check_finite(heads: np.ndarray, examples: Sequence[Example]) -> None:

@@ -332,3 +332,17 @@ def test_huge_and_tiny_vectors_do_not_overflow() -> None:
         np.testing.assert_array_equal(
             sav.scores, SparseAttentionVectors.fit(heads, LABELS, 4, leave_one_out=True).scores
         )
+
+
+def test_heads_that_begin_where_xla_wants_are_used_in_place() -> None:
+    mesh = _scoring.local_mesh()
+    heads = _scoring.aligned_zeros((8 * mesh.size, 6, 16))
+    heads[:] = np.random.default_rng(0).normal(size=heads.shape)
+    labels = np.arange(len(heads)) % 2
+    shifted = np.empty(heads.size + 1, np.float32)[1:].reshape(heads.shape)  # four bytes behind
+    shifted[:] = heads
+    (own, _), (copied, _) = (next(_scoring._chunks(x, labels, 2, len(x), mesh)) for x in (heads, shifted))
+    first = heads.ctypes.data
+    assert own.addressable_shards[0].data.unsafe_buffer_pointer() == first
+    assert copied.addressable_shards[0].data.unsafe_buffer_pointer() != shifted.ctypes.data
+    np.testing.assert_array_equal(own, copied)
