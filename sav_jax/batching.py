@@ -70,13 +70,16 @@ def round_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def plan_batches(prompts: Sequence[Prompt], batch_size: int, multiple: int = 1) -> list[BatchPlan]:
+def plan_batches(
+    prompts: Sequence[Prompt], batch_size: int, multiple: int = 1, *, count_reads: bool = False
+) -> list[BatchPlan]:
     """Group prompts into batches.
 
     Args:
         prompts: in any order.
         batch_size: rows of a full batch; rounded up to ``multiple``.
         multiple: every batch size is a multiple of it (the data axis of the mesh).
+        count_reads: a sequence of R prompts takes the room of R.
 
     Returns:
         Batches, longest bucket first, so that running out of memory happens at once and not at the end.
@@ -96,10 +99,10 @@ def plan_batches(prompts: Sequence[Prompt], batch_size: int, multiple: int = 1) 
             next_size(max(1, len(prompt.reads)), 1),
         )
         groups.setdefault(bucket, deque()).append(row)
-    full = -(-batch_size // multiple) * multiple
     plans = []
     order = sorted(groups, key=lambda b: (-b.tokens, -b.rows, -b.taps, -b.virtual))
     for i, bucket in enumerate(order):
+        full = -(-max(1, batch_size // (bucket.reads if count_reads else 1)) // multiple) * multiple
         while groups[bucket]:
             chunk: list[int] = []
             for source in (bucket, *(other for other in order[i + 1 :] if bucket.takes_in(other))):

@@ -139,14 +139,11 @@ def run_heads(
     Raises:
         UserError: an image or video cannot be read, or features are not finite; names the row.
     """
-    alone = media is None or edit is not None or getattr(lmm.config.text, "dynamic_ntk", False)
-    packs = [Pack(p, (i,)) for i, p in enumerate(prompts)] if alone or media is None else pack(prompts, media)
+    packs = packed(lmm, prompts, media if edit is None else None)
     plans = plan_batches([one.prompt for one in packs], batch_size, data_size(lmm.mesh))
     plans = [plan for plan in plans if any(i in wanted for pack_row in plan.rows for i in packs[pack_row].members)]
-    sharing = [packs[row] for plan in plans for row in plan.rows if len(packs[row].members) > 1]
-    if sharing and progress and jax.process_index() == 0:
-        count = sum(len(one.members) for one in sharing)
-        print(f"{what}: {count} prompts share their images; {len(sharing)} passes read them", file=sys.stderr)
+    if progress:
+        say_shared([packs[row] for plan in plans for row in plan.rows], what)
     for plan, values in run_batches(
         lmm,
         heads_step(lmm.module, on_one_cpu(lmm)),
@@ -157,11 +154,32 @@ def run_heads(
         what=what,
         further=lambda _: () if edit is None else (edit,),
     ):
-        taken = [values[i, : len(packs[row].members)] for i, row in enumerate(plan.rows)]
-        index = [i for row in plan.rows for i in packs[row].members]
-        heads = np.concatenate(taken)
+        index, heads = apart(packs, plan, values)
         check_finite(heads, [examples[i] for i in index])
         yield index, heads
+
+
+def packed(lmm: LMM, prompts: Sequence[Prompt], media: Sequence[Sequence[str]] | None) -> list[Pack]:
+    """Which prompts are read in one sequence; without ``media``, and in models that read a token in another way if more
+    follow, every prompt by itself.
+    """
+    if media is None or getattr(lmm.config.text, "dynamic_ntk", False):
+        return [Pack(prompt, (i,)) for i, prompt in enumerate(prompts)]
+    return pack(prompts, media)
+
+
+def say_shared(packs: Sequence[Pack], what: str) -> None:
+    """Say on stderr how many prompts share their images, and how many passes read them; nothing if none do."""
+    sharing = [len(one.members) for one in packs if len(one.members) > 1]
+    if sharing and jax.process_index() == 0:
+        print(f"{what}: {sum(sharing)} prompts share their images; {len(sharing)} passes read them", file=sys.stderr)
+
+
+def apart(packs: Sequence[Pack], plan: BatchPlan, values: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """The places of the prompts in a batch of packs, and ``values`` ``[rows, R, ...]`` of each of them."""
+    members = [packs[row].members for row in plan.rows]
+    taken = [values[i, : len(places)] for i, places in enumerate(members)]
+    return [i for places in members for i in places], np.concatenate(taken)
 
 
 def repeated(values: np.ndarray, keys: Sequence[str], first: Mapping[str, int]) -> np.ndarray:

@@ -93,7 +93,7 @@ class MultimodalModel(nn.Module):
         """
         x, deepstack = self.embed(batch)
         hidden, cache = self.language_model(
-            x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack, edit
+            x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack, edit, batch.segments
         )
         if logits == "none" and not self.is_initializing():
             return Output(hidden, cache=cache)
