@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from sav_jax._processes import gathered, known_by_all, share, wait_for_all
 from sav_jax._profiling import Stopwatch
-from sav_jax._scoring import aligned_zeros
+from sav_jax._visual_pool import pool_for
 from sav_jax.batching import BatchPlan, assemble, plan_batches
 from sav_jax.errors import UserError
 from sav_jax.examples import Example
 from sav_jax.headstore import HeadStore
 from sav_jax.lmm import LMM
+from sav_jax.models.aligned import aligned_zeros
 from sav_jax.models.batch import Batch
 from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
@@ -153,6 +154,7 @@ def run_heads(
         progress=progress,
         what=what,
         further=lambda _: () if edit is None else (edit,),
+        media=None if media is None else [media[one.members[0]] for one in packs],
     ):
         index, heads = apart(packs, plan, values)
         check_finite(heads, [examples[i] for i in index])
@@ -280,8 +282,9 @@ def heads_step(module: MultimodalModel, in_parts: bool = False) -> Callable[...,
         rows = math.gcd(size, 1 << (rows.bit_length() - 1))
         if not in_parts or rows == size or edit is not None:
             return run(params, batch, edit)
+        pool, batch = batch.visual_pool, replace(batch, visual_pool=None)
         parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, rows, *x.shape[1:]), batch)
-        heads = jax.lax.map(lambda part: run(params, part, None), parts)
+        heads = jax.lax.map(lambda part: run(params, replace(part, visual_pool=pool), None), parts)
         return heads.reshape(size, *heads.shape[2:])
 
     return step
@@ -312,8 +315,12 @@ def run_batches(
     progress: bool,
     what: str,
     further: Callable[[BatchPlan], tuple[Any, ...]] = lambda _: (),
+    media: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[tuple[BatchPlan, Any]]:
     """Run ``step(params, batch, *further(plan))`` on every plan.
+
+    With ``media``, digests of each prompt's images and videos, those that are shown again are not encoded again, on one
+    device (:mod:`sav_jax._visual_pool`).
 
     Images and videos of the next batches are decoded and resized by threads while the device computes, and a result is
     taken only after the next batch has been dispatched. Of several processes each decodes the rows of its own devices;
@@ -326,6 +333,8 @@ def run_batches(
         UserError: an image or video cannot be read; after the batches before have been yielded.
     """
 
+    pool = pool_for(lmm, plans, prompts, media)
+
     def rows_of(plan: BatchPlan) -> BatchPlan:
         """The plan of this process's rows."""
         if jax.process_count() == 1:
@@ -334,17 +343,21 @@ def run_batches(
         own = tuple(filled[own_rows(lmm.mesh, plan.size)])
         return replace(plan, rows=own, size=len(own))
 
-    def values_of(example: Example) -> tuple[np.ndarray, np.ndarray | None]:
-        return lmm.processor.pixels(example.load_images(), example.load_videos()), example.virtual_tokens()
+    def pixels_of(row: int) -> np.ndarray:
+        return lmm.processor.pixels(examples[row].load_images(), examples[row].load_videos())
 
-    def host_batch(plan: BatchPlan, values: Sequence[Future[tuple[np.ndarray, np.ndarray | None]]]) -> Batch:
-        pixels, virtual = zip(*(value.result() for value in values), strict=True)
-        return assemble(plan, prompts, pixels, virtual)
+    def host_batch(number: int, own: BatchPlan, decoded: Mapping[int, Future[np.ndarray]]) -> tuple[Batch, list[Any]]:
+        pixels = {row: value.result() for row, value in decoded.items()}
+        virtual = [examples[row].virtual_tokens() for row in own.rows]
+        if pool is None:
+            return assemble(own, prompts, [pixels[row] for row in own.rows], virtual), []
+        return assemble(own, pool.prompts(number), None, virtual), pool.host(number, pixels)
 
-    def prepare(plan: BatchPlan) -> tuple[BatchPlan, Future[Batch]]:
+    def prepare(number: int, plan: BatchPlan) -> tuple[BatchPlan, Future[tuple[Batch, list[Any]]]]:
         own = rows_of(plan)
-        values = {row: decoding.submit(values_of, examples[row]) for row in own.rows}
-        return plan, assembling.submit(host_batch, own, [values[row] for row in own.rows])
+        rows = dict.fromkeys(own.rows) if pool is None else pool.decoded(number)
+        decoded = {row: decoding.submit(pixels_of, row) for row in rows}
+        return plan, assembling.submit(host_batch, number, own, decoded)
 
     def number_of(plan: BatchPlan) -> int:
         return sum(max(1, len(prompts[row].reads)) for row in plan.rows)
@@ -362,27 +375,32 @@ def run_batches(
     watch = Stopwatch()
     unreadable: UserError | None = None
     try:
-        upcoming = iter(plans)
-        prepared = deque(prepare(plan) for _, plan in zip(range(2), upcoming, strict=False))
+        upcoming = enumerate(plans)
+        prepared = deque(prepare(*following) for _, following in zip(range(2), upcoming, strict=False))
         running: deque[tuple[BatchPlan, Any]] = deque()
         while prepared or running:
             if prepared:
                 plan, future = prepared.popleft()
                 try:
                     with watch.waiting():
-                        batch = future.result()
+                        batch, images = future.result()
                 except UserError as error:
                     unreadable = error
                     prepared.clear()
                 else:
                     with watch.dispatching(), lmm.running():
-                        result = step(lmm.params, put_own_rows(batch, lmm.mesh), *further(plan))
+                        batch = put_own_rows(batch, lmm.mesh)
+                        if pool is not None:
+                            for image in images:
+                                pool.encode(lmm.params, image)
+                            batch = pool.filled(batch)
+                        result = step(lmm.params, batch, *further(plan))
                     for leaf in jax.tree.leaves(result):
                         leaf.copy_to_host_async()
                     watch.dispatched(result, number_of(plan), plan.size * plan.bucket.tokens)
                     running.append((plan, result))
                     if (following := next(upcoming, None)) is not None:
-                        prepared.append(prepare(following))
+                        prepared.append(prepare(*following))
             if len(running) > 1 or (running and not prepared):
                 plan, result = running.popleft()
                 rows = len(plan.rows)

@@ -156,6 +156,7 @@ def read(
             progress=progress,
             what="prompts",
             further=lambda _: further,
+            media=[shown[one.members[0]] for one in packs],
         ):
             (places, heads), (_, answers) = (apart(packs, plan, value) for value in values)
             check_finite(heads, [unique[place] for place in places])
