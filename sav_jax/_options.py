@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+
+from sav_jax._storage import BucketPath, location
+
+Place = Annotated[
+    Path | BucketPath,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: location(words[0]),
+        is_instance=lambda value: isinstance(value, Path | BucketPath),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A file or folder on a local disk, or in a bucket: ``gs://bucket/name``."""
 
 
 def optional(metavar: str, default: str) -> Any:

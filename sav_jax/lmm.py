@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sav_jax import adapters
+from sav_jax._storage import local
 from sav_jax.errors import UserError
 from sav_jax.models import lora
 from sav_jax.models.multimodal import MultimodalModel, init_params
@@ -251,7 +252,7 @@ def local_model(path: str | Path) -> Path | None:
     """
     if str(path) in BUNDLED and not Path(path).is_dir():
         return BUNDLED[str(path)]
-    directory = Path(path).expanduser()
+    directory = local(path, "a model").expanduser()
     if directory.is_dir():
         return directory
     parts = str(path).split("/")

@@ -46,6 +46,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from buckets import Buckets
     from checkpoints import Reference
 
     import sav_jax
@@ -92,6 +93,25 @@ def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Re
 def reference(make_reference: Callable[..., Reference]) -> Reference:
     """The checkpoint most tests share."""
     return make_reference()
+
+
+@pytest.fixture(scope="session")
+def _served_buckets() -> Iterator[Buckets]:
+    from buckets import TOKEN, served
+
+    with served() as (buckets, address):
+        # TensorStore reads them once, when a bucket is first opened: in no test without this fixture.
+        os.environ.update(TENSORSTORE_GCS_HTTP_URL=address, GOOGLE_AUTH_TOKEN_FOR_TESTING=TOKEN)
+        yield buckets
+
+
+@pytest.fixture
+def buckets(_served_buckets: Buckets) -> Iterator[Buckets]:
+    """A Google Cloud Storage with an empty bucket, "bucket", and "locked", in which nothing may be stored."""
+    _served_buckets.objects.update(bucket={}, locked={})
+    _served_buckets.read_only = {"locked"}
+    yield _served_buckets
+    _served_buckets.writes.clear()
 
 
 @pytest.fixture

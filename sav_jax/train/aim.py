@@ -27,6 +27,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sav_jax._processes import by_the_first
+from sav_jax._storage import BucketPath
 from sav_jax.aim import Aim, Layout, after_demonstrations, encoded, fused, plan_demonstration
 from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_tokens
 from sav_jax.errors import UserError
@@ -344,7 +345,7 @@ def digest(documents: Sequence[Document]) -> str:
     whole = hashlib.sha256()
     for document in documents:
         for pair in document:
-            paths = [str(image) for image in pair.images if isinstance(image, Path)]
+            paths = [str(image) for image in pair.images if isinstance(image, Path | BucketPath)]
             shown = paths if len(paths) == len(pair.images) else pair.image_digests()
             whole.update(repr((pair.question, pair.label, shown)).encode())
         whole.update(b"|")

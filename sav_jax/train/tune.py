@@ -14,6 +14,7 @@ import jax
 
 from sav_jax import adapters
 from sav_jax._processes import by_the_first, gathered
+from sav_jax._storage import BucketPath
 from sav_jax.errors import UserError
 from sav_jax.lmm import LMM, find_model
 from sav_jax.models.weights import INDEX_FILE, save_checkpoint
@@ -34,7 +35,7 @@ def digest(chats: Sequence[Chat]) -> str:
     """sha256 of what is said and which images are shown, by path if they are files, in hexadecimal."""
     whole = hashlib.sha256()
     for chat in chats:
-        shown = [str(image) for image in chat.media.images if isinstance(image, Path)]
+        shown = [str(image) for image in chat.media.images if isinstance(image, Path | BucketPath)]
         if len(shown) < len(chat.media.images):
             shown = chat.media.image_digests()
         whole.update(repr(([(turn.role, turn.text) for turn in chat.turns], shown)).encode())
