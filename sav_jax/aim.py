@@ -40,7 +40,7 @@ from sav_jax.models.decoder import read_at
 from sav_jax.models.fusion import Fusion, FusionConfig
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Processor, Prompt
-from sav_jax.sharding import data_size, put_batch
+from sav_jax.sharding import data_size, own_rows, put_own_rows
 
 TOKENS = ("text", "answer", "all")
 _VERSION = 1
@@ -364,7 +364,7 @@ class DemonstrationBank:
             table = np.zeros((plan.size, round_tokens(max(len(places[row]) for row in plan.rows))), np.int32)
             for i, row in enumerate(plan.rows):
                 table[i, : len(places[row])] = places[row]
-            return projection, put_batch(table, lmm.mesh)
+            return projection, put_own_rows(table[own_rows(lmm.mesh, plan.size)], lmm.mesh)
 
         step = _fuse_step(lmm.module, aim.config, aim.layout.layer)
         plans = plan_batches(prompts, self.batch_size, data_size(lmm.mesh))

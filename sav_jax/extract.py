@@ -313,6 +313,8 @@ def run_batches(
             if row not in pixels:
                 pixels[row] = lmm.processor.pixels(examples[row].load_images(), examples[row].load_videos())
                 virtual[row] = examples[row].virtual_tokens()
+                if virtual[row] is None and plan.bucket.virtual:  # another process's rows have some
+                    virtual[row] = np.zeros((0, lmm.config.text.hidden_size), np.float32)
         return assemble(plan, prompts, [pixels[row] for row in plan.rows], [virtual[row] for row in plan.rows])
 
     def number_of(plan: BatchPlan) -> int:

@@ -96,7 +96,8 @@ def reference(make_reference: Callable[..., Reference]) -> Reference:
 
 
 @pytest.fixture(scope="session")
-def _served_buckets() -> Iterator[Buckets]:
+def bucket_server() -> Iterator[Buckets]:
+    """A Google Cloud Storage that lives as long as the tests of this process."""
     from buckets import TOKEN, served
 
     with served() as (buckets, address):
@@ -106,12 +107,12 @@ def _served_buckets() -> Iterator[Buckets]:
 
 
 @pytest.fixture
-def buckets(_served_buckets: Buckets) -> Iterator[Buckets]:
+def buckets(bucket_server: Buckets) -> Iterator[Buckets]:
     """A Google Cloud Storage with an empty bucket, "bucket", and "locked", in which nothing may be stored."""
-    _served_buckets.objects.update(bucket={}, locked={})
-    _served_buckets.read_only = {"locked"}
-    yield _served_buckets
-    _served_buckets.writes.clear()
+    bucket_server.objects.update(bucket={}, locked={})
+    bucket_server.read_only = {"locked"}
+    yield bucket_server
+    bucket_server.writes.clear()
 
 
 @pytest.fixture

@@ -90,6 +90,8 @@ def test_killed_resumed_and_as_one_process(rows: Path, buckets: Buckets, monkeyp
         outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "classifier written" in outputs[0][0]
+    assert "[Gloo]" not in outputs[0][0]  # results alone
+    assert "[Gloo]" in outputs[0][1]
     assert "classifier written" not in outputs[1][0]  # the first speaks for all
     found = stored()
     assert kept.items() <= found.items()  # of the same generation: not even written again

@@ -243,7 +243,11 @@ class AimData:
         self.layout = recipe.layout(form.answer_lead)
         self._planned = functools.lru_cache(maxsize=1 << 16)(self._plan)
         settings = recipe.optimization
-        most = max(recipe.shots)
+        most, longest = max(recipe.shots), max(map(len, documents))
+        if most >= longest:
+            raise UserError(
+                f"{most} demonstrations are asked for (--shots), and no document has more than {longest - 1} and a query"
+            )
         sizes = [self._size(row, most) for row in range(len(documents))]
         self.plans = []
         for step, plan in enumerate(plan_steps(sizes, settings.batch_size, settings.steps, settings.seed)):

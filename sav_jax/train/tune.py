@@ -65,6 +65,24 @@ def tuned_with_updates(
     lmm: LMM, chats: Sequence[Chat], recipe: Recipe, directory: Path, progress: bool = True
 ) -> tuple[LMM, loop.Trainable]:
     """As :func:`tune`, and what was trained."""
+    trainable, facts = trained(lmm, chats, recipe, directory, progress)
+    params = supervised.tuned(lmm, recipe.targets, trainable)
+    mark = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    tuned = dataclasses.replace(
+        lmm,
+        name=f"{lmm.name} tuned in {directory}",
+        params=params,
+        fingerprint=hashlib.sha256(f"{lmm.fingerprint} {mark}".encode()).hexdigest(),
+    )
+    return tuned, trainable
+
+
+def trained(
+    lmm: LMM, chats: Sequence[Chat], recipe: Recipe, directory: Path | None, progress: bool = True
+) -> tuple[loop.Trainable, dict[str, Any]]:
+    """What :func:`tune` trains, before it is merged into the model, and what decided it; without a directory nothing is
+    written.
+    """
     recipe = recipe.resolved(len(chats))
     settings = recipe.optimization
     facts = {"recipe": recipe.facts(), "model": lmm.fingerprint, "dtype": str(lmm.dtype), "data": digest(chats)}
@@ -90,16 +108,7 @@ def tuned_with_updates(
             file=sys.stderr,
         )
         warn_of_endless_answers(lmm, data.form)
-    trainable = loop.train(problem, data, settings, directory, progress)
-    params = supervised.tuned(lmm, recipe.targets, trainable)
-    mark = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
-    tuned = dataclasses.replace(
-        lmm,
-        name=f"{lmm.name} tuned in {directory}",
-        params=params,
-        fingerprint=hashlib.sha256(f"{lmm.fingerprint} {mark}".encode()).hexdigest(),
-    )
-    return tuned, trainable
+    return loop.train(problem, data, settings, directory, progress), facts
 
 
 def warn_of_endless_answers(lmm: LMM, form: ChatFormat) -> None:
