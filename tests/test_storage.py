@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,11 @@ import sav_jax
 from sav_jax import UserError
 from sav_jax._files import check_output_file, check_output_folder, write_file, write_folder
 from sav_jax._storage import BucketPath, file_finder, lies_in, local, location
+from sav_jax.aim import Aim, Layout, load_aim
 from sav_jax.headstore import HeadStore, check_head_array_path, read_head_array, write_head_array
+from sav_jax.models.fusion import FusionConfig, initial_params
+from sav_jax.train.chats import read_chats
+from sav_jax.train.documents import read_documents
 
 
 @pytest.mark.parametrize(
@@ -181,3 +186,33 @@ def test_rows_and_pictures_in_a_bucket(buckets: Buckets, tmp_path: Path) -> None
     buckets.put("bucket", "photos/day/a.png", b"no picture")
     with pytest.raises(UserError, match=r"gs://bucket/photos/day/a.png cannot be read: not a picture"):
         there[0].load_images()
+
+
+def test_training_data_and_projections_in_a_bucket(buckets: Buckets, tmp_path: Path) -> None:
+    picture(20, 24).save(tmp_path / "a.png")
+    buckets.put("bucket", "images/a.png", (tmp_path / "a.png").read_bytes())
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+    pair = {"image": "images/a.png", "text": "this"}
+    for name, rows in (
+        ("chats", [{"image": "images/a.png", "conversations": said}]),
+        ("documents", [{"segments": [pair, pair]}]),
+        ("bad", [{"segments": [pair, {**pair, "image": "b.png"}]}]),
+    ):
+        buckets.put("bucket", f"{name}.json", json.dumps(rows).encode())
+    [chat] = read_chats("gs://bucket/chats.json")
+    [document] = read_documents("gs://bucket/documents.json")
+    [elsewhere] = read_chats("gs://bucket/chats.json", "gs://bucket/images/..")
+    for example in (chat.media, elsewhere.media, *document):
+        assert example.images == (location("gs://bucket/images/a.png"),)
+        assert example.load_images()[0].size == (24, 20)
+    with pytest.raises(
+        UserError, match=r"bad.json:1: field .segments., item 1: .* names 'b.png', which does not exist"
+    ):
+        read_documents("gs://bucket/bad.json")
+
+    config = FusionConfig(8, "linear")
+    aim = Aim(Layout(), config, initial_params(config, 0, "random", 1.0), "fingerprint", "name")
+    aim.save("gs://bucket/run/projection")
+    assert load_aim("gs://bucket/run").digest == aim.digest
+    with pytest.raises(UserError, match=r"gs://bucket/none/aim.json: missing"):
+        load_aim("gs://bucket/none")

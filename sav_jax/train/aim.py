@@ -246,7 +246,7 @@ class AimData:
         most, longest = max(recipe.shots), max(map(len, documents))
         if most >= longest:
             raise UserError(
-                f"{most} demonstrations are asked for (--shots), and no document has more than {longest - 1} and a query"
+                f"{most} demonstrations are asked for (--shots); no document has more than {longest - 1} before a query"
             )
         sizes = [self._size(row, most) for row in range(len(documents))]
         self.plans = []

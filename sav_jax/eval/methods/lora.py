@@ -156,12 +156,14 @@ def _kept(file: Location | None) -> dict[str, np.ndarray] | None:
     if file is None:
         return None
     with storage_errors(file):
-        if not known_by_all([0] if file.is_file() else [], 1):
-            return None
-        try:
+        there = file.is_file()
+    if not known_by_all([0] if there else [], 1):
+        return None
+    try:
+        with storage_errors(file):
             return load(file.read_bytes())
-        except SafetensorError as error:
-            raise UserError(f"{file}: damaged ({error}); delete it and run again") from None
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error}); delete it and run again") from None
 
 
 METHODS = (
