@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -208,7 +208,7 @@ def usual_mesh(path: str | Path, dtype: Any = None) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _random_params(module: MultimodalModel, dtype: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Any], Any]:
+def _random_params(module: MultimodalModel, dtype: Any, mesh: jax.sharding.Mesh | None) -> Any:
     """``key data -> params``, laid out as loaded ones are; compiled once, whatever the number of seeds."""
 
     def make(key: jax.Array) -> Any:
