@@ -46,6 +46,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from buckets import Buckets
     from checkpoints import Reference
 
     import sav_jax
@@ -92,6 +93,26 @@ def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Re
 def reference(make_reference: Callable[..., Reference]) -> Reference:
     """The checkpoint most tests share."""
     return make_reference()
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[Buckets]:
+    """A Google Cloud Storage that lives as long as the tests of this process."""
+    from buckets import TOKEN, served
+
+    with served() as (buckets, address):
+        # TensorStore reads them once, when a bucket is first opened: in no test without this fixture.
+        os.environ.update(TENSORSTORE_GCS_HTTP_URL=address, GOOGLE_AUTH_TOKEN_FOR_TESTING=TOKEN)
+        yield buckets
+
+
+@pytest.fixture
+def buckets(bucket_server: Buckets) -> Iterator[Buckets]:
+    """A Google Cloud Storage with an empty bucket, "bucket", and "locked", in which nothing may be stored."""
+    bucket_server.objects.update(bucket={}, locked={})
+    bucket_server.read_only = {"locked"}
+    yield bucket_server
+    bucket_server.writes.clear()
 
 
 @pytest.fixture
