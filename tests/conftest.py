@@ -27,8 +27,9 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     MPLBACKEND="agg",
 )
-# Nearly every program of a test runs once: it is compiled in a quicker way (measured: about half of the CPU time). Less
-# optimisation would be quicker still, but rounds more than the bounds allow. XLA_FLAGS="" tests what users run.
+# Nearly every program of a test runs once: it is compiled in a quicker way (measured: about half of the CPU time). No
+# optimisation at all, as scripts/test.sh asks for, is quicker still, but rounds more than the tests that are marked
+# "rounding" allow. XLA_FLAGS="" tests what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # Two workers on two cores: PyTorch's second threads would only wait for each other (measured: a fifth of all CPU time).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
