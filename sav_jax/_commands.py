@@ -150,7 +150,8 @@ def _predict(options: cli.Predict) -> None:
     else:
         by_the_first(lambda: write_file(options.output, text.encode()))
     report = _accuracy(classifier, examples, predictions)
-    print(report, file=sys.stderr if options.output == "-" else sys.stdout)
+    if jax.process_index() == 0:
+        print(report, file=sys.stderr if options.output == "-" else sys.stdout)
 
 
 def _extract(options: cli.Extract) -> None:
@@ -376,7 +377,11 @@ def _report(options: cli.Report) -> None:
 
 def _load(model: str, dtype: str | None, num_layers: int | None = None, mesh: str | None = None) -> LMM:
     """Load a model onto all devices, laid out as ``mesh`` says, or as usual."""
-    placed = mesh_of(jax.devices(), mesh or usual_mesh(model, dtype)) if mesh or jax.device_count() > 1 else None
+    placed = (
+        mesh_of(jax.devices(), usual_mesh(model, dtype) if mesh is None else mesh)
+        if mesh is not None or jax.device_count() > 1
+        else None
+    )
     return load(model, dtype=dtype, mesh=placed, num_layers=num_layers)
 
 
@@ -488,7 +493,7 @@ def _accuracy(classifier: SparseAttentionVectors, examples: Sequence[Example], p
     if not known:
         return f"{len(examples)} predictions; no labels to compare with"
     strange = [example for example, _ in known if example.label not in classifier.labels]
-    if strange:
+    if strange and jax.process_index() == 0:
         print(
             f"warning: {len(strange)} rows have labels that the classifier does not know and count as wrong, "
             f"the first being {strange[0].label!r} in {strange[0].source}",

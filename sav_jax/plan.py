@@ -119,19 +119,19 @@ class Report:
         """As lines for people."""
         chips = math.prod(self.mesh.values())
         axes = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
-        lines = [f"{self.program}", f"{self.topology}: {chips} x {self.device}, mesh {axes}"]
+        lines = [f"{self.program}", f"{self.topology}: {chips} x {self.device}, mesh {axes}", "each chip:"]
         sizes = {"parameters": self.parameters, "arguments": self.arguments, "outputs": self.outputs}
         sizes |= {"temporaries": self.temporaries}
         notes = {"arguments": "with the parameters and the optimiser's state", "outputs": "beyond what they replace"}
         for name, size in sizes.items():
             if size is not None:
-                lines.append(f"  {name:<12}{size / GIB:>8.2f} GiB  {notes.get(name, '')}".rstrip())
+                lines.append(f"  {name:<12}{_readable(size)}  {notes.get(name, '')}".rstrip())
         verdict = "fits" if self.fits else "DOES NOT FIT"
-        lines.append(f"  {'total':<12}{self.total / GIB:>8.2f} GiB  of {self.memory / GIB:.2f}: {verdict}")
+        lines.append(f"  {'total':<12}{_readable(self.total)}  of {self.memory / GIB:.2f} GiB: {verdict}")
         if self.flops is not None:
             lines.append(f"  {'products':<12}{self.flops / 1e12:>8.2f} TFLOP")
         for one in self.collectives or ():
-            lines.append(f"  {one.kind:<20}{one.count:>6} x  {one.bytes / GIB:.2f} GiB in all")
+            lines.append(f"  {one.kind:<20}{one.count:>6} x  {_readable(one.bytes).strip()} in all")
         notes = {
             "products": "matrix units at their peak",
             "memory": "arguments read once",
@@ -280,6 +280,11 @@ def plan(
         cycles=None if printed is None else estimated_cycles(printed),
         seconds=seconds,
     )
+
+
+def _readable(size: float) -> str:
+    """Bytes in GiB, or MiB where that would be next to none."""
+    return f"{size / GIB:>8.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:>8.2f} MiB"
 
 
 def _bytes_of(leaf: Any) -> int:

@@ -54,6 +54,7 @@ def test_weights_of_a_chip(table: ModuleType, rows: list[list[str]], name: str, 
         ("/".join(str(key.key) for key in path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]
     ]
     assert sum(leaf.size for _, leaf in leaves) == pytest.approx(published, rel=0.005)
+    assert any(cells[0] == name for cells in rows)
     for _, topology, mesh, batch, memory, largest, products, *_ in (cells for cells in rows if cells[0] == name):
         of = parameter_sharding(mesh_of(mesh))  # type: ignore[arg-type]
         held = sum(2 * math.prod(of(path, leaf.shape).shard_shape(leaf.shape)) for path, leaf in leaves)
