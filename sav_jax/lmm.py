@@ -24,7 +24,7 @@ from sav_jax.models.registry import Architecture, architecture, read_config
 from sav_jax.models.weights import load_params, read_headers, weight_files
 from sav_jax.sharding import on, parameter_sharding
 
-BUNDLED = {"tiny": Path(__file__).parent / "models" / "tiny"}
+BUNDLED = {name: Path(__file__).parent / "models" / name for name in ("tiny", "tiny-qwen")}
 """Checkpoints that come with the package, by name."""
 
 _SETTINGS_FILES = (

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from sav_jax.models.weights import load_params, save_checkpoint
 from sav_jax.train.tiny_data import BUCKETS, GROUPS, READS, Chats, TinyBatch, bucket_of, prefetched, rows_of
 from sav_jax.train.tiny_layout import Plan
 from sav_jax.train.tiny_recipe import Params, Recipe, Stage, factors, optimizer, updated
-from sav_jax.world.checkpoint import write_skeleton
+from sav_jax.world.checkpoint import SKELETON_FILES, write_skeleton
 
 _IN_FLIGHT = 6  # steps that the host may be ahead of the device
 
@@ -102,6 +103,7 @@ class Trainer:
         self.recipe = recipe
         self.directory = directory.absolute()
         self.config = write_skeleton(self.directory, recipe.family)
+        self.skeleton = sorted({f.name for f in self.directory.iterdir()} & set(SKELETON_FILES))
         self.config["vision_config"].update(dict(recipe.vision))
         self.config["text_config"].update(dict(recipe.text))
         (self.directory / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
@@ -343,7 +345,9 @@ class Trainer:
 
     def write_weights(self, params: Params, output: Path) -> None:
         """The checkpoint directory with bfloat16 weights, without its card."""
-        write_skeleton(output, self.recipe.family)
+        output.mkdir(parents=True, exist_ok=True)
+        for name in self.skeleton:
+            shutil.copy(self.directory / name, output / name)
         save_checkpoint(output, self.config, jax.device_get(params), dtype="bfloat16")
 
     def export(self, params: Params, output: Path) -> None:

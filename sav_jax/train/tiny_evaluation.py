@@ -26,32 +26,36 @@ def _buckets(recipe: Recipe) -> set[str]:
     return {name for stage in recipe.stages for name, share in stage.buckets if share > 0}
 
 
-def _cut(trainer: Trainer, items: list[Item], bucket: str, rows: int) -> Iterator[tuple[list[Item], TinyBatch]]:
+def _cut(trainer: Trainer, items: list[Item], bucket: str, rows: int) -> Iterator[TinyBatch]:
     """Batches of one size; the last is filled up with the first rows of its own."""
     for first in range(0, len(items), rows):
         part = items[first : first + rows]
-        yield part, trainer.chats.batch([part[i % len(part)] for i in range(rows)], bucket)
+        yield trainer.chats.batch([part[i % len(part)] for i in range(rows)], bucket)
 
 
 @lru_cache(maxsize=4)
-def _question_batches(trainer: Trainer, number: int) -> tuple[tuple[str, TinyBatch, tuple[str, ...]], ...]:
-    """(kind, batch, type of each row's question)."""
-    batches = []
+def _question_batches(trainer: Trainer, number: int) -> tuple[tuple[list[str], list[TinyBatch]], ...]:
+    """For every sort of prompt what each question counts as, "type (kind of scene)", and their batches."""
+    parts: dict[str, tuple[list[str], list[Item]]] = defaultdict(lambda: ([], []))
     for bucket, kind, items in held_out_items(number, _buckets(trainer.recipe)):
-        rows = rows_of(bucket, trainer.recipe.stages[-1].batch_size)
-        for part, batch in _cut(trainer, items, bucket, rows):
-            batches.append((kind, batch, tuple(questions[0].type for _, questions in part)))
-    return tuple(batches)
+        names, together = parts[bucket]
+        names += [f"{questions[0].type} ({kind})" for _, questions in items]
+        together += items
+    size = trainer.recipe.stages[-1].batch_size
+    return tuple(
+        (names, list(_cut(trainer, items, bucket, rows_of(bucket, size)))) for bucket, (names, items) in parts.items()
+    )
 
 
 @lru_cache(maxsize=4)
-def _label_batches(trainer: Trainer, number: int) -> tuple[tuple[str, TinyBatch, int], ...]:
-    batches = []
+def _label_batches(trainer: Trainer, number: int) -> tuple[list[str], list[TinyBatch]]:
+    """What each scene counts as, and their batches."""
+    names: list[str] = []
+    items: list[Item] = []
     for kind, category in _LABELLED:
-        items: list[Item] = [([scene], ()) for scene in held_out_scenes(kind, number, category=category)]
-        for part, batch in _cut(trainer, items, "image", trainer.recipe.stages[0].batch_size):
-            batches.append((f"{kind} {category or ''}".strip(), batch, len(part)))
-    return tuple(batches)
+        items += [([scene], ()) for scene in held_out_scenes(kind, number, category=category)]
+        names += [f"{kind} {category or ''}".strip()] * number
+    return names, list(_cut(trainer, items, "image", trainer.recipe.stages[0].batch_size))
 
 
 def evaluate(
@@ -72,24 +76,28 @@ def evaluate(
         results |= _label_accuracies(trainer, params, number)
     if questions if questions is not None else not labels:
         right: dict[str, list[bool]] = defaultdict(list)
-        for kind, batch, types in _question_batches(trainer, number):
-            best = trainer.likeliest(params, batch)
-            hits = np.all((best == batch.targets) | (batch.weights == 0), axis=1)
-            for hit, type_ in zip(hits.tolist(), types, strict=False):
-                right[f"{type_} ({kind})"].append(hit)
+        for names, batches in _question_batches(trainer, number):
+            hits = [
+                np.all((trainer.likeliest(params, batch) == batch.targets) | (batch.weights == 0), axis=1)
+                for batch in batches
+            ]
+            for name, hit in zip(names, np.concatenate(hits).tolist(), strict=False):
+                right[name].append(hit)
         results |= {name: round(float(np.mean(values)), 4) for name, values in sorted(right.items())}
         results["all"] = round(float(np.mean([hit for values in right.values() for hit in values])), 4)
     return results
 
 
 def _label_accuracies(trainer: Trainer, params: Params, number: int) -> Metrics:
+    names, batches = _label_batches(trainer, number)
+    best = np.concatenate([trainer.likeliest(params, batch) for batch in batches])
+    labels = np.concatenate([batch.labels for batch in batches])
     right: dict[str, list[bool]] = defaultdict(list)
-    for kind, batch, real in _label_batches(trainer, number):
-        best = trainer.likeliest(params, batch)[:real]
-        for group, name in enumerate(GROUPS):
-            column = batch.labels[:real, group]
-            right[f"{name} ({kind})"] += (best[:, group] == column)[column >= 0].tolist()
-    return {name: round(float(np.mean(hits)), 4) for name, hits in right.items() if hits}
+    for name, found, wanted in zip(names, best, labels, strict=False):
+        for group, one, other in zip(GROUPS, found.tolist(), wanted.tolist(), strict=True):
+            if other >= 0:
+                right[f"{group} ({name})"].append(one == other)
+    return {name: round(float(np.mean(hits)), 4) for name, hits in right.items()}
 
 
 def guesses(trainer: Trainer, number: int) -> Metrics:

@@ -25,6 +25,11 @@ QWEN_TOKENS = (
     "<|video_pad|>",
 )  # fmt: skip
 FAMILIES = ("tiny", "tiny-qwen")
+#: What :func:`write_skeleton` writes (the last one for LLaVA's layout only).
+SKELETON_FILES = (
+    "tokenizer.json", "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 
 #: How text is cut before merging: as Qwen2 does, so that every digit is a token of its own.
 _PIECES = (

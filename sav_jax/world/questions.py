@@ -137,18 +137,20 @@ def _choice(fact: Fact, rng: np.random.Generator) -> QA:
 _MAKERS = {"open": _open, "check": _check, "claim": _claim, "choice": _choice}
 
 
-def say(fact: Fact, rng: np.random.Generator, forms: dict[str, float] = FORMS) -> QA:
-    """Asks about a fact in one of the forms that it has."""
-    usable = {
+def usable_forms(fact: Fact, forms: dict[str, float] = FORMS) -> dict[str, float]:
+    """Those of the forms that a fact has."""
+    return {
         form: share
         for form, share in forms.items()
-        if (fact.check or form in ("open", "choice")) and (fact.answer or form != "open")
+        if (fact.answer if form == "open" else fact.check or (form == "choice" and fact.answer))
     }
-    point = rng.random() * sum(usable.values())
-    for form, share in usable.items():
-        point -= share
-        if point < 0:
-            break
+
+
+def say(fact: Fact, rng: np.random.Generator, forms: dict[str, float] = FORMS) -> QA:
+    """Asks about a fact in one of the forms that it has (it must have one)."""
+    usable = usable_forms(fact, forms)
+    shares = np.cumsum(list(usable.values()))
+    form = tuple(usable)[int(np.searchsorted(shares[:-1], rng.random() * shares[-1], side="right"))]
     qa = _MAKERS[form](fact, rng)
     return replace(qa, question=_AN.sub("an ", qa.question))
 
@@ -177,6 +179,6 @@ def ask(scene: Scene, seed: int, number: int, forms: dict[str, float] = FORMS) -
         if len(questions) >= number:
             break
         fact = askers[index][1](scene, rng)
-        if fact is not None:
+        if fact is not None and usable_forms(fact, forms):
             questions.append(say(fact, rng, forms))
     return [questions[int(i)] for i in rng.permutation(len(questions))]
