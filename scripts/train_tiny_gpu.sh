@@ -16,6 +16,8 @@ number=$(wc -w <<<"$models")
 workers=${WORKERS:-$((cores / number))}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.$((90 / number))}
+# A second run on the same machine finds what the first has compiled.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/compiled} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 # Prompts are short: scores fit in memory, and one back end serves every bucket.
 export SAV_JAX_ATTENTION=${SAV_JAX_ATTENTION:-xla}
 

@@ -248,7 +248,6 @@ class Trainer:
 
     def compile_ahead(self) -> None:
         """Begins to compile all that training needs, side by side."""
-        self.update()
         for stage in self.recipe.stages:
             for bucket in dict(stage.buckets) or {"image": 1.0}:
                 self.gradients_of(bucket, rows_of(bucket, stage.batch_size))
@@ -281,8 +280,7 @@ class Trainer:
         recipe, state = self.recipe, self.restore()
         if state.step >= recipe.steps:
             return state
-        if jax.default_backend() != "cpu":
-            self.compile_ahead()
+        self.update()  # compiled while the first gradients are
         params, optimizer_state = state.params, state.optimizer
         began = saved = since = time.perf_counter()
         images = 0
@@ -297,6 +295,8 @@ class Trainer:
                 (loss, _), gradients = differentiate(params, np.float32(stage.label_weight), *batch.arrays())
                 scale = np.asarray(factors(recipe, step), np.float32)
                 params, optimizer_state, finite = self.update().result()(params, optimizer_state, gradients, scale)
+                if not pending and step == steps.start and jax.default_backend() != "cpu":
+                    self.compile_ahead()  # beside the first steps
                 pending.append((loss, finite))
                 images += len(batch.images) * BUCKETS[batch.bucket].images
                 if len(pending) >= _IN_FLIGHT:

@@ -70,7 +70,7 @@ class Recipe:
     dtype: str = "float32"
     seed: int = 0
     log_every: int = 100
-    evaluate_every: int = 1000
+    evaluate_every: int = 500
     evaluation_size: int = 64
     final_evaluation_size: int = 500
     vision: tuple[tuple[str, int], ...] = ()
