@@ -32,7 +32,9 @@ def arguments() -> argparse.Namespace:
     add("--workers", type=int, default=1, help="processes that draw (default: 1)")
     add("--max-seconds", type=float, help="stop after so many, with the state saved; the schedule stays the same")
     add("--save-seconds", type=float, default=60.0, help="between states written (default: 60)")
-    add("--export-only", action="store_true", help="train no more: export the state (or model.safetensors) in --run-dir")
+    add(
+        "--export-only", action="store_true", help="train no more: export the state (or model.safetensors) in --run-dir"
+    )
     add("--no-evaluation", action="store_true", help="write the weights only, without evaluating them")
     return parser.parse_args()
 

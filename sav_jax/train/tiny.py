@@ -50,9 +50,7 @@ class State:
     optimizer: Any
 
 
-def group_logits(
-    model: MultimodalModel, params: Params, batch: Batch, group_ids: list[np.ndarray]
-) -> list[jax.Array]:
+def group_logits(model: MultimodalModel, params: Params, batch: Batch, group_ids: list[np.ndarray]) -> list[jax.Array]:
     """Similarities of images with the words of each label group, a list of float32 ``[B, names]``.
 
     Args:
@@ -61,7 +59,7 @@ def group_logits(
         batch: images; text does not matter.
         group_ids: token ids of each group's words.
     """
-    table, _ = model.apply({"params": params}, batch, method="encode_images")  # type: ignore[misc]
+    table, _ = model.apply({"params": params}, batch, method="encode_images")
     pooled = jnp.mean(table[:, 1:].astype(jnp.float32), axis=1)
     pooled = pooled * jax.lax.rsqrt(jnp.mean(jnp.square(pooled), axis=-1, keepdims=True) + 1e-6)
     words = params["language_model"]["embed_tokens"].astype(jnp.float32)

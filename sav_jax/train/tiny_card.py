@@ -9,12 +9,13 @@ from typing import Any
 CURVE = "curve.svg"
 
 _LAYOUTS = {
-    "tiny": """A real but very small large multimodal model in the LLaVA-OneVision layout: {parameters:.2f} million parameters, a
-SigLIP tower (6 layers x 144, 32-pixel tiles, 8-pixel patches), a two-layer projector and a Qwen2 decoder (12 layers x
-192, 8 heads each, 96 heads in all), with its own byte-level BPE tokenizer.""",
-    "tiny-qwen": """A real but very small large multimodal model in the Qwen2-VL layout: {parameters:.2f} million parameters, a tower for
-images of any size (6 layers x 128, 4-pixel patches, 2 x 2 of which make a visual token; 16 to 144 tokens an image) and a
-Qwen2 decoder with M-RoPE (12 layers x 192, 8 heads each, 96 heads in all), with its own byte-level BPE tokenizer.""",
+    "tiny": """A real but very small large multimodal model in the LLaVA-OneVision layout: {parameters:.2f} million
+parameters, a SigLIP tower (6 layers x 144, 32-pixel tiles, 8-pixel patches), a two-layer projector and a Qwen2 decoder
+(12 layers x 192, 8 heads each, 96 heads in all), with its own byte-level BPE tokenizer.""",
+    "tiny-qwen": """A real but very small large multimodal model in the Qwen2-VL layout: {parameters:.2f} million
+parameters, a tower for images of any size (6 layers x 128, 4-pixel patches, 2 x 2 of which make a visual token; 16 to
+144 tokens an image) and a Qwen2 decoder with M-RoPE (12 layers x 192, 8 heads each, 96 heads in all), with its own
+byte-level BPE tokenizer.""",
 }
 _CLASSES = {"tiny": "LlavaOnevisionForConditionalGeneration", "tiny-qwen": "Qwen2VLForConditionalGeneration"}
 
@@ -27,8 +28,8 @@ pipeline_tag: image-text-to-text
 # sav_jax {family}
 
 {layout} It is there so that everything in sav_jax can
-be tried, tested and shown on a laptop. It answers short questions about small drawn scenes. It is not a photo model, and
-knows no English beyond its questions.
+be tried, tested and shown on a laptop. It answers short questions about small drawn scenes. It is not a photo model,
+and knows no English beyond its questions.
 
 ```python
 import sav_jax
@@ -66,9 +67,8 @@ The exact numbers of the recipe and the training's log are in `evaluation.json` 
 ## What it can do
 
 Exact-match accuracy on held-out scenes with the stored bfloat16 weights: {scenes} scenes of each kind, one question
-about each. A row is one type of question about one kind of scene; *n* says on how many it rests. Glyphs and words are in
-typefaces and pen styles that training never drew; one combination of colour and shape or object in eleven is new.
-"Constant" is the share of the commonest answer: what answering without looking would reach. Answers are free (an argmax
+about each. A row is one type of question about one kind of scene. Glyphs and words are in typefaces and
+pen styles that training never drew; one combination of colour and shape or object in eleven is new. "Constant" is the share of the commonest answer: what answering without looking would reach. Answers are free (an argmax
 over the whole vocabulary, token by token), not a choice among options. All together: {all:.3f}.
 
 | question (scene) | accuracy | constant |
@@ -77,8 +77,8 @@ over the whole vocabulary, token by token), not a choice among options. All toge
 
 Types "is ...", "exists", "more" are yes/no questions, "claim" asks true or false, "choice" for the letter of an option.
 Scene kinds: *scan* one glyph scanned at 8x8 pixels and enlarged; *glyph*, *shape*, *object*, *word* one of them;
-*swatch* a surface of a texture without a name; *pair* two things; *group* one to four; *crowd* one to nine; *64 pixels* a
-glyph in a larger image; *two images* two images in one prompt.
+*swatch* a surface of a texture without a name; *pair* two things; *group* one to four; *crowd* one to nine; *64 pixels*
+a glyph in a larger image; *two images* two images in one prompt.
 
 The vision tower alone (mean visual token against the words of the group):
 
@@ -107,8 +107,8 @@ _SEVERAL = {
 def _stage_row(stage: Mapping[str, Any]) -> str:
     prompts = ", ".join(f"{name} {share:.2f}" for name, share in stage["buckets"]) or "images alone"
     return (
-        f"| {stage['name']} | {stage['steps']} | {stage['batch_size']} | {stage['first']} to {stage['last']} of the peak "
-        f"| {prompts} |"
+        f"| {stage['name']} | {stage['steps']} | {stage['batch_size']} "
+        f"| {stage['first']} to {stage['last']} of the peak | {prompts} |"
     )
 
 

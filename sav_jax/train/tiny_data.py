@@ -179,10 +179,13 @@ class Chats:
             if not bucket.tokens:
                 continue
             ids = list(self.layout.plan(bucket.images, bucket.side, length).head)
-            used, kept = 0, []
+            used = 0
+            kept: list[QA] = []
             for qa in wanted:
                 question = qa.question
-                ahead = self.layout.next_question(question) if kept else self.layout.first_question(question, bucket.images)
+                ahead = (
+                    self.layout.next_question(question) if kept else self.layout.first_question(question, bucket.images)
+                )
                 answer = self.layout.answer(qa.answer)
                 if len(ids) + len(ahead) + len(answer) > length or used + len(answer) > READS:
                     continue

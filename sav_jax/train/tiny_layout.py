@@ -1,8 +1,8 @@
 """How drawn images and chats become the arrays of each layout: LLaVA-OneVision's tiles, Qwen2-VL's patches.
 
-In a bucket all prompts begin alike (the images come first and have one size), so that which visual token stands where is
-the same for every row: a :class:`Plan` is made once by the checkpoint's own processor and broadcast on the device. Only
-bytes of pixels and text travel.
+In a bucket all prompts begin alike (the images come first and have one size), so that which visual token stands where
+is the same for every row: a :class:`Plan` is made once by the checkpoint's own processor and broadcast on the device.
+Only bytes of pixels and text travel.
 
 Axes: B prompts, N images of a prompt, T tokens, S taps of a visual token (1), P rows of pixels.
 """
@@ -38,8 +38,6 @@ class Plan:
         visual_index, visual_weight: ``[T, S]``, see :class:`sav_jax.models.batch.Batch`.
         positions: int32 ``[T, 3]`` or None.
         vision: the tower's plans, each ``[P, ...]``.
-        tail: token ids after a question, up to where the answer begins.
-        again: text that follows an answer's end and stands before a later question.
     """
 
     head: tuple[int, ...]

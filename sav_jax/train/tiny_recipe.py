@@ -195,7 +195,7 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def factors(recipe: Recipe, step: int) -> tuple[float, float, float]:
-    """What the updates of a step are multiplied by: the tower's and projector's, the word embeddings', the decoder's."""
+    """What a step's updates are multiplied by: the tower's and projector's, the word embeddings', the decoder's."""
     stage, _ = recipe.place(step)
     rate = recipe.rate(step)
     return rate * stage.vision_share, rate, 0.0 if stage.name == "seeing" else rate

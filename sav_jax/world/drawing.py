@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +49,7 @@ def _scan(scene: Scene, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(rgb.astype(np.uint8)).resize((scene.side, scene.side), Image.Resampling.BICUBIC)
 
 
-def _blend(
-    pixels: NDArray[np.float32], mask: Image.Image, corner: tuple[int, int], paint: NDArray[np.float32]
-) -> None:
+def _blend(pixels: NDArray[np.float32], mask: Image.Image, corner: tuple[int, int], paint: NDArray[np.float32]) -> None:
     """Paints over a part of ``pixels`` in place, as much as ``mask`` says."""
     left, top = corner
     alpha = np.asarray(mask, dtype=np.float32)[..., None] * np.float32(1 / 255)
@@ -63,7 +62,7 @@ def _paint(
 ) -> NDArray[np.float32]:
     """The thing's colours, float32 ``[1 or height, 1 or width, 3]``."""
     ink = jitter_color(thing.color, rng)
-    paint = ink[None, None]
+    paint: NDArray[np.floating[Any]] = ink[None, None]
     if thing.texture != "plain":
         second = (
             0.75 * ground + 0.25 * ink

@@ -157,9 +157,7 @@ def color(scene: Scene, rng: np.random.Generator) -> Fact:
 def background(scene: Scene, rng: np.random.Generator) -> Fact:
     used = tuple(sorted({t.color for t in scene.things} - {scene.background}))
     others = _rest(tuple(COLORS), scene.background)
-    return Fact(
-        "background", scene.background, others, "is the background {value}?", "the background is {value}", used
-    )
+    return Fact("background", scene.background, others, "is the background {value}?", "the background is {value}", used)
 
 
 def texture(scene: Scene, rng: np.random.Generator) -> Fact | None:

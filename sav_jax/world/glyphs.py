@@ -101,11 +101,7 @@ def _bent(mask: Image.Image, rng: np.random.Generator, strength: float) -> Image
     mesh = [
         (
             (xs[j], ys[i], xs[j + 1], ys[i + 1]),
-            tuple(
-                float(v)
-                for a, b in ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1))
-                for v in (x[a, b], y[a, b])
-            ),
+            tuple(float(v) for a, b in ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)) for v in (x[a, b], y[a, b])),
         )
         for i in range(2)
         for j in range(2)

@@ -1,8 +1,8 @@
 """Questions about scenes with answers that are right by construction.
 
-A fact (``facts.py``) is asked in one of four forms: openly; to be checked (yes or no); as a claim (true or false); among
-options (the answer is a letter). Answers are one token, except captions. Which answer a checked fact or a claim gets is
-decided first, by a fair coin: yes and no say nothing without looking.
+A fact (``facts.py``) is asked in one of four forms: openly; to be checked (yes or no); as a claim (true or false);
+among options (the answer is a letter). Answers are one token, except captions. Which answer a checked fact or a claim
+gets is decided first, by a fair coin: yes and no say nothing without looking.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _claim(fact: Fact, rng: np.random.Generator) -> QA:
 def _choice(fact: Fact, rng: np.random.Generator) -> QA:
     if not fact.answer or (fact.check and rng.random() < 0.15):
         asked = _check(fact, rng)
-        options, answer = ("yes", "no") if rng.random() < 0.5 else ("no", "yes"), asked.answer
+        options: tuple[str, ...] = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")
+        answer = asked.answer
     else:
         asked, answer = _open(fact, rng), fact.answer
         number = min(int(rng.integers(1, 4)), len(fact.others))

@@ -48,8 +48,12 @@ def ask_several(scenes: tuple[Scene, Scene], seed: int, number: int) -> list[QA]
     """Asks ``number`` different things about two images."""
     rng = np.random.default_rng([seed, 23])
     single = len(scenes[0].things) == len(scenes[1].things) == 1 and scenes[0].kind in _SINGLES
-    makers = [_shown_first, _shown_second, _which, _same_name, _same_color] if single else [_more, _same_number, _count_first, _count_second]
-    questions = []
+    makers = (
+        [_shown_first, _shown_second, _which, _same_name, _same_color]
+        if single
+        else [_more, _same_number, _count_first, _count_second]
+    )
+    questions: list[QA] = []
     for index in rng.permutation(len(makers)):
         fact = makers[int(index)](scenes, rng)
         if fact is not None and len(questions) < number:

@@ -1,4 +1,4 @@
-"""Training of the bundled models, at sizes that take seconds: it learns, and a killed run ends as an undisturbed one."""
+"""Training of the bundled models, at sizes that take seconds: it learns; a killed run ends as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sav_jax.models.processor import load_processor
 from sav_jax.models.registry import architecture, read_config
 from sav_jax.models.weights import load_params
 from sav_jax.train.tiny import Trainer, answer_logits
-from sav_jax.train.tiny_data import BUCKETS, STAGE_SEEDS, Chats, bucket_of, prefetched
+from sav_jax.train.tiny_data import BUCKETS, STAGE_SEEDS, Chats, Item, bucket_of, prefetched
 from sav_jax.train.tiny_evaluation import evaluate
 from sav_jax.train.tiny_recipe import PRESETS, factors, muon_axes, updated
 from sav_jax.world.questions import ask
-from sav_jax.world.scene import LARGE, draw, sample_scene
+from sav_jax.world.scene import draw, sample_scene
 from sav_jax.world.several import ask_several, sample_images
 
 DEBUG = PRESETS["debug"]
@@ -183,17 +183,20 @@ def test_muon_takes_the_matrices_and_leaves_the_layer_axis(finished):
     assert axes["language_model/layers/self_attn/q_proj/kernel"].output_axis == (2, 3)
 
 
+def item_of(bucket: str, seed: int, turns: int) -> Item:
+    if bucket == "two":
+        both = sample_images(seed)
+        return both, ask_several(both, seed, turns)
+    scene = sample_scene(seed, "pair", side=BUCKETS[bucket].side)
+    return (scene,), ask(scene, seed, turns)
+
+
 @pytest.mark.parametrize("bucket", ["square", "large", "two"])
 def test_a_chat_is_what_the_processor_makes_of_it(chats, bucket):
     """Tokens, pixels and plans are those of the checkpoint's own processor, of one turn; the logits, too."""
     trainer, params = chats
     shape, layout = BUCKETS[bucket], trainer.chats.layout
-    if bucket == "two":
-        scenes = sample_images(5)
-        qa = ask_several(scenes, 5, 1)[0]
-    else:
-        scenes = (sample_scene(3, "glyph", side=shape.side),)
-        qa = ask(scenes[0], 3, 1)[0]
+    scenes, (qa,) = item_of(bucket, 5, 1)
     batch = trainer.chats.batch([(scenes, [qa])], bucket)
     processor, images = load_processor(trainer.directory), [draw(scene) for scene in scenes]
     prompt = processor.plan(qa.question, [(shape.side, shape.side)] * shape.images)
@@ -216,8 +219,8 @@ def test_a_chat_is_what_the_processor_makes_of_it(chats, bucket):
             pixels=jnp.asarray(pixels[None]),
             visual_index=made.visual_index.at[0, :length].set(prompt.visual_index),
         )
-        logits = [answer_logits(trainer.model, params, given) for given in (made, full)]
-        np.testing.assert_allclose(*logits, atol=1e-5, rtol=0)
+        one, other = (answer_logits(trainer.model, params, given) for given in (made, full))
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=0)
     if prompt.positions is not None:
         assert np.array_equal(made.positions[0, :length], prompt.positions)
         for name, values in prompt.vision.items():
@@ -227,12 +230,7 @@ def test_a_chat_is_what_the_processor_makes_of_it(chats, bucket):
 @pytest.mark.parametrize("bucket", ["square", "large", "two"])
 def test_targets_are_the_tokens_after_the_positions_read(chats, bucket):
     trainer, _ = chats
-    shape = BUCKETS[bucket]
-    items = []
-    for seed in range(6):
-        scenes = sample_images(2 * seed) if bucket == "two" else (sample_scene(seed, "pair", side=shape.side),)
-        questions = ask_several(scenes, seed, 4) if bucket == "two" else ask(scenes[0], seed, 4)
-        items.append((scenes, questions))
+    items = [item_of(bucket, 2 * seed, 4) for seed in range(6)]
     batch = trainer.chats.batch(items, bucket)
     used = batch.weights > 0
     following = np.take_along_axis(batch.token_ids, np.minimum(batch.reads + 1, batch.token_ids.shape[1] - 1), 1)

@@ -28,7 +28,6 @@ from sav_jax.world.several import ask_both, ask_several, sample_images
 from sav_jax.world.shapes import COLORS, SHAPES, TEXTURES, UNNAMED_TEXTURES, shape_mask, texture_pattern
 from sav_jax.world.strokes import HELD_OUT_STYLE, styles
 from sav_jax.world.things import STYLES
-from sav_jax.world.words import WORDS
 
 SINGLES = ("scan", "glyph", "shape", "object", "word")
 
@@ -83,8 +82,7 @@ def held(scene, statement: str) -> bool:
     if found := re.search(r"at the (\w+)$", text):
         return scene.place == found[1]
     if found := re.search(r"\ba (\w+) (\w+)(?: in the image)?$", text):
-        if found[2] in SHAPES + OBJECTS and found[1] not in ("this", "it", "the"):
-            return any(t.name == found[2] and found[1] in (t.color, t.size, t.texture) for t in things)
+        return any(t.name == found[2] and found[1] in (t.color, t.size, t.texture) for t in things)
     subject = named.get(words[words.index("the") + 1]) if "the" in words else None
     thing = subject or things[0]
     return words[-1] in (thing.name, thing.color, thing.size, thing.texture, thing.category)
@@ -308,8 +306,9 @@ def test_relations_follow_positions():
         if qa.type == "relation":
             word = next(r for r in axis if f" is {r} " in qa.question)
             dimension, sign = axis[word]
+            assert other is not None
             assert sign * (named[qa.answer].center[dimension] - other.center[dimension]) > 0
-        elif qa.type == "side":
+        elif qa.type == "side" and other is not None:
             dimension, sign = axis[qa.answer]
             assert sign * (named[qa.question.split()[2]].center[dimension] - other.center[dimension]) > 0
         elif qa.type == "larger":
