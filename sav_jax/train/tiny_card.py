@@ -68,8 +68,9 @@ The exact numbers of the recipe and the training's log are in `evaluation.json` 
 
 Exact-match accuracy on held-out scenes with the stored bfloat16 weights: {scenes} scenes of each kind, one question
 about each. A row is one type of question about one kind of scene. Glyphs and words are in typefaces and
-pen styles that training never drew; one combination of colour and shape or object in eleven is new. "Constant" is the share of the commonest answer: what answering without looking would reach. Answers are free (an argmax
-over the whole vocabulary, token by token), not a choice among options. All together: {all:.3f}.
+pen styles that training never drew; one combination of colour and shape or object in eleven is new. "Constant" is the
+share of the commonest answer: what answering without looking would reach. Answers are free (an argmax over the whole
+vocabulary, token by token), not a choice among options. All together: {all:.3f}.
 
 | question (scene) | accuracy | constant |
 |---|---:|---:|
