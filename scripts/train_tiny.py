@@ -29,6 +29,7 @@ def arguments() -> argparse.Namespace:
     add("--preset", choices=presets, default="tiny", help="the recipe; debug ones take seconds and learn nothing")
     add("--steps-scale", type=float, default=1.0, help="times as many steps in every stage (default: 1)")
     add("--dtype", choices=("float32", "bfloat16"), help="that the loss is computed in (default: the recipe's)")
+    add("--log-every", type=int, help="steps between rows of losses and rates (default: the recipe's)")
     add("--workers", type=int, default=1, help="processes that draw (default: 1)")
     add("--max-seconds", type=float, help="stop after so many, with the state saved; the schedule stays the same")
     add("--save-seconds", type=float, default=60.0, help="between states written (default: 60)")
@@ -51,6 +52,8 @@ def main(given: argparse.Namespace) -> int:
         recipe = recipe.scaled(given.steps_scale)
     if given.dtype:
         recipe = replace(recipe, dtype=given.dtype)
+    if given.log_every:
+        recipe = replace(recipe, log_every=given.log_every)
     trainer = Trainer(recipe, given.run_dir)
     if given.export_only:
         params, step = trainer.latest()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains both bundled models at once on one GPU: scripts/train_tiny_gpu.sh DIR [options of scripts/train_tiny.py ...]
 #
-# States stay in WORK (default: /tmp/tiny). What is worth keeping, DIR/NAME/{model.safetensors,log.jsonl}, is renewed
+# States stay in WORK (default: /tmp/tiny). What is worth keeping, DIR/NAME/{model.safetensors,log.jsonl,tokenizer.json}, is renewed
 # every SAVE seconds (default: 60), so that a machine that is taken away leaves weights that can be exported:
 #   python scripts/train_tiny.py --preset NAME --run-dir DIR/NAME --output sav_jax/models/NAME --export-only
 set -uo pipefail
@@ -24,7 +24,8 @@ export SAV_JAX_ATTENTION=${SAV_JAX_ATTENTION:-xla}
 keep() {
   for name in $models; do
     mkdir -p "$kept/$name"
-    for file in "$work/out-$name/model.safetensors" "$work/out-$name/evaluation.json" "$work/$name/log.jsonl"; do
+    for file in "$work/out-$name/model.safetensors" "$work/out-$name/evaluation.json" \
+      "$work/$name/log.jsonl" "$work/$name/tokenizer.json"; do
       if [ -s "$file" ]; then cp "$file" "$kept/$name/.new" && mv "$kept/$name/.new" "$kept/$name/$(basename "$file")"; fi
     done
   done
