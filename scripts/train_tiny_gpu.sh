@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains both bundled models at once on one GPU: scripts/train_tiny_gpu.sh DIR [options of scripts/train_tiny.py ...]
 #
-# States stay in WORK (default: /tmp/tiny). What is worth keeping, DIR/NAME/{model.safetensors,log.jsonl,tokenizer.json}, is renewed
+# States stay in WORK (default: /tmp/tiny). What is worth keeping, DIR/NAME/{model.safetensors,log.jsonl,...}, is renewed
 # every SAVE seconds (default: 60), so that a machine that is taken away leaves weights that can be exported:
 #   python scripts/train_tiny.py --preset NAME --run-dir DIR/NAME --output sav_jax/models/NAME --export-only
 set -uo pipefail
