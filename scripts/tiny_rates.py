@@ -31,6 +31,7 @@ def main() -> None:
     add("--repeats", type=int, default=20, help="steps that are timed")
     given = parser.parse_args()
 
+    from copy import copy
     from dataclasses import replace
 
     import jax
@@ -41,13 +42,17 @@ def main() -> None:
     from sav_jax.train.tiny_recipe import PRESETS
 
     print(jax.default_backend(), jax.devices()[0].device_kind, os.cpu_count(), "cores", flush=True)
-    jobs: list[tuple[str, Any, Any, Any]] = []
+    states: dict[str, Any] = {}
+    jobs: list[tuple[str, Any, Any]] = []
     with ThreadPoolExecutor(8) as pool:
         for preset in given.presets:
             recipe = PRESETS[preset]
+            first_of = Trainer(recipe, given.work / f"rates-{preset}")
+            states[preset] = pool.submit(first_of.restore)
             for form in given.dtypes:
                 dtype, os.environ["SAV_JAX_ATTENTION"] = form.split(":")
-                trainer = Trainer(replace(recipe, dtype=dtype), given.work / f"rates-{preset}")
+                trainer = copy(first_of)
+                trainer.recipe = replace(recipe, dtype=dtype)
                 steps: dict[str, int] = {}
                 for step in range(recipe.steps):
                     stage, at = recipe.place(step)
@@ -63,12 +68,12 @@ def main() -> None:
                         return jax.value_and_grad(t._loss, has_aux=True)(params, weight, arrays, b)
 
                     lowered = jax.jit(run).lower(shapes, weight, *trainer._shapes(bucket, len(batch.images)))
-                    jobs.append((f"{preset} {form} {bucket}", trainer, batch, pool.submit(lowered.compile)))
-            jobs.append((f"{preset} update", trainer, None, trainer.update()))
-        for name, trainer, batch, future in jobs:
+                    jobs.append((f"{preset} {form} {bucket}", batch, pool.submit(lowered.compile)))
+            jobs.append((f"{preset} update", None, trainer.update()))
+        for name, batch, future in jobs:
             try:
                 program = future.result()
-                state = trainer.restore()
+                state = states[name.split()[0]].result()
                 update = batch is None
                 gradients = jax.tree.map(jax.numpy.zeros_like, state.params) if update else None
                 params, optimizer, out = state.params, state.optimizer, None
