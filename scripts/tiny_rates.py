@@ -27,7 +27,7 @@ def main() -> None:
     add("--presets", nargs="+", default=["tiny", "tiny-qwen"], help="recipes")
     add("--dtypes", nargs="+", default=["float32:xla", "bfloat16:xla", "bfloat16:cudnn"], help="dtype:attention")
     add("--buckets", nargs="+", default=["image", "square"], help="sorts of prompt")
-    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw; 0: do not measure")
     add("--repeats", type=int, default=20, help="steps that are timed")
     given = parser.parse_args()
 
@@ -92,7 +92,7 @@ def main() -> None:
             except Exception as error:  # one form may not be had on this machine; the others still count
                 print(f"{name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
     recipe, first = PRESETS[given.presets[0]], PRESETS[given.presets[0]].stages[0].steps
-    for name, start in (("seeing", 0), ("answering", first)):
+    for name, start in (("seeing", 0), ("answering", first)) if given.workers else ():
         images = 0
         for i, batch in enumerate(
             prefetched(given.work / f"rates-{given.presets[0]}", recipe, range(start, start + 120), given.workers)
