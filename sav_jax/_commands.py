@@ -19,6 +19,7 @@ from sav_jax._compiling import counted, keep_programs
 from sav_jax._files import check_output_file, check_output_folder, write_file
 from sav_jax._options import Devices, Running
 from sav_jax._processes import by_the_first, failing_together, start
+from sav_jax._profiling import profiled
 from sav_jax._tpu import leave_tpus_alone
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
 from sav_jax.errors import UserError
@@ -62,6 +63,8 @@ def run(options: Any) -> None:
         if (running := getattr(options, "running", None)) is not None:
             keep_programs(_cache_dir(running))
             stack.enter_context(counted())
+            if running.profile is not None:
+                stack.enter_context(profiled(running.profile))
         if devices is not None:
             stack.enter_context(failing_together())
         commands[type(options)](options)

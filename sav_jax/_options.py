@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -36,6 +37,10 @@ class Running:
 
     no_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep no head vectors and no programs."""
+
+    profile: Annotated[Path | None, optional("DIR", "none")] = None
+    """Say how long the device was idle, and what for, and write a trace of the first 20 batches into this folder, for
+    TensorBoard or Perfetto."""
 
 
 @dataclass(frozen=True)

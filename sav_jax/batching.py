@@ -10,7 +10,7 @@ batches and therefore the same bytes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,13 +70,16 @@ def round_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def plan_batches(prompts: Sequence[Prompt], batch_size: int, multiple: int = 1) -> list[BatchPlan]:
+def plan_batches(
+    prompts: Sequence[Prompt], batch_size: int, multiple: int = 1, *, count_reads: bool = False
+) -> list[BatchPlan]:
     """Group prompts into batches.
 
     Args:
         prompts: in any order.
         batch_size: rows of a full batch; rounded up to ``multiple``.
         multiple: every batch size is a multiple of it (the data axis of the mesh).
+        count_reads: a sequence of R prompts takes the room of R.
 
     Returns:
         Batches, longest bucket first, so that running out of memory happens at once and not at the end.
@@ -96,10 +99,10 @@ def plan_batches(prompts: Sequence[Prompt], batch_size: int, multiple: int = 1) 
             next_size(max(1, len(prompt.reads)), 1),
         )
         groups.setdefault(bucket, deque()).append(row)
-    full = -(-batch_size // multiple) * multiple
     plans = []
     order = sorted(groups, key=lambda b: (-b.tokens, -b.rows, -b.taps, -b.virtual))
     for i, bucket in enumerate(order):
+        full = -(-max(1, batch_size // (bucket.reads if count_reads else 1)) // multiple) * multiple
         while groups[bucket]:
             chunk: list[int] = []
             for source in (bucket, *(other for other in order[i + 1 :] if bucket.takes_in(other))):
@@ -119,8 +122,8 @@ def next_size(rows: int, multiple: int) -> int:
 
 def assemble(
     plan: BatchPlan,
-    prompts: Sequence[Prompt],
-    pixels: Sequence[np.ndarray],
+    prompts: Sequence[Prompt] | Mapping[int, Prompt],
+    pixels: Sequence[np.ndarray] | None,
     virtual: Sequence[np.ndarray | None] = (),
 ) -> Batch:
     """Stack the prompts of a plan into a padded :class:`Batch` of host arrays that reads the last token of each
@@ -128,8 +131,8 @@ def assemble(
 
     Args:
         plan: the batch.
-        prompts: all prompts ``plan.rows`` index.
-        pixels: pixels of the plan's prompts, in the plan's order, each ``[P_i, ...]``.
+        prompts: all prompts ``plan.rows`` index, or those of the plan by their index.
+        pixels: pixels of the plan's prompts, in the plan's order, each ``[P_i, ...]``; None: they are in a pool.
         virtual: their virtual tokens, float32 ``[M_i, D]``, or None; may be left out if they are filled in later.
     """
     b = plan.bucket
@@ -168,16 +171,22 @@ def assemble(
             text = replace(text, virtual_tokens=stack(values, b.virtual))
     if b.rows == 0:
         return text
+    text = replace(
+        text,
+        visual_index=stack([_widened(prompt.visual_index, b.taps) for prompt in members], b.tokens, fill=-1),
+        visual_weight=stack([_widened(prompt.visual_weight, b.taps) for prompt in members], b.tokens),
+    )
+    if pixels is None:
+        return text
     # Of any prompt: those of the batch may all be text, if their bucket is wider than they are.
-    names = next(prompt.vision for prompt in prompts if prompt.num_rows)
+    known = prompts.values() if isinstance(prompts, Mapping) else prompts
+    names = next(prompt.vision for prompt in known if prompt.num_rows)
     empty = {name: value[:0] for name, value in names.items()}
     return replace(
         text,
         pixels=stack(pixels, b.rows),
         vision={name: stack([{**empty, **prompt.vision}[name] for prompt in members], b.rows) for name in names}
         or None,
-        visual_index=stack([_widened(prompt.visual_index, b.taps) for prompt in members], b.tokens, fill=-1),
-        visual_weight=stack([_widened(prompt.visual_weight, b.taps) for prompt in members], b.tokens),
     )
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,22 @@ from einops import rearrange
 from tqdm import tqdm
 
 from sav_jax._processes import gathered, known_by_all, share, wait_for_all
+from sav_jax._profiling import Stopwatch
+from sav_jax._visual_pool import pool_for
 from sav_jax.batching import BatchPlan, assemble, plan_batches
 from sav_jax.errors import UserError
 from sav_jax.examples import Example
 from sav_jax.headstore import HeadStore
 from sav_jax.lmm import LMM
+from sav_jax.models.aligned import aligned_zeros
 from sav_jax.models.batch import Batch
 from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
 from sav_jax.packing import Pack, pack
 from sav_jax.sharding import data_size, own_rows, put_own_rows
+
+_DECODERS = min(16, os.cpu_count() or 1)  # threads that decode and resize; Pillow and NumPy run beside each other
 
 _FEATURE_VERSION = "heads 1"
 """Part of every cache key; raised when the meaning or the numbers of the features change."""
@@ -83,7 +89,7 @@ def extract_heads(
     absent = set(range(len(rows)))
     if store is not None:
         absent = set(known_by_all(store.missing([keys[row] for row in rows]), len(rows)))
-    heads = np.zeros((len(keys), *lmm.heads_shape), np.float32)
+    heads = aligned_zeros((len(keys), *lmm.heads_shape))
     shown = [media[row] for row in rows] if reuse_images else None
     unique = [examples[row] for row in rows]
     # Batches are planned over all examples and run whole when any of theirs is missing: a resumed run computes each of
@@ -134,14 +140,11 @@ def run_heads(
     Raises:
         UserError: an image or video cannot be read, or features are not finite; names the row.
     """
-    alone = media is None or edit is not None or getattr(lmm.config.text, "dynamic_ntk", False)
-    packs = [Pack(p, (i,)) for i, p in enumerate(prompts)] if alone or media is None else pack(prompts, media)
+    packs = packed(lmm, prompts, media if edit is None else None)
     plans = plan_batches([one.prompt for one in packs], batch_size, data_size(lmm.mesh))
     plans = [plan for plan in plans if any(i in wanted for pack_row in plan.rows for i in packs[pack_row].members)]
-    sharing = [packs[row] for plan in plans for row in plan.rows if len(packs[row].members) > 1]
-    if sharing and progress and jax.process_index() == 0:
-        count = sum(len(one.members) for one in sharing)
-        print(f"{what}: {count} prompts share their images; {len(sharing)} passes read them", file=sys.stderr)
+    if progress:
+        say_shared([packs[row] for plan in plans for row in plan.rows], what)
     for plan, values in run_batches(
         lmm,
         heads_step(lmm.module, on_one_cpu(lmm)),
@@ -151,12 +154,34 @@ def run_heads(
         progress=progress,
         what=what,
         further=lambda _: () if edit is None else (edit,),
+        media=None if media is None else [media[one.members[0]] for one in packs],
     ):
-        taken = [values[i, : len(packs[row].members)] for i, row in enumerate(plan.rows)]
-        index = [i for row in plan.rows for i in packs[row].members]
-        heads = np.concatenate(taken)
+        index, heads = apart(packs, plan, values)
         check_finite(heads, [examples[i] for i in index])
         yield index, heads
+
+
+def packed(lmm: LMM, prompts: Sequence[Prompt], media: Sequence[Sequence[str]] | None) -> list[Pack]:
+    """Which prompts are read in one sequence; without ``media``, and in models that read a token in another way if more
+    follow, every prompt by itself.
+    """
+    if media is None or getattr(lmm.config.text, "dynamic_ntk", False):
+        return [Pack(prompt, (i,)) for i, prompt in enumerate(prompts)]
+    return pack(prompts, media)
+
+
+def say_shared(packs: Sequence[Pack], what: str) -> None:
+    """Say on stderr how many prompts share their images, and how many passes read them; nothing if none do."""
+    sharing = [len(one.members) for one in packs if len(one.members) > 1]
+    if sharing and jax.process_index() == 0:
+        print(f"{what}: {sum(sharing)} prompts share their images; {len(sharing)} passes read them", file=sys.stderr)
+
+
+def apart(packs: Sequence[Pack], plan: BatchPlan, values: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """The places of the prompts in a batch of packs, and ``values`` ``[rows, R, ...]`` of each of them."""
+    members = [packs[row].members for row in plan.rows]
+    taken = [values[i, : len(places)] for i, places in enumerate(members)]
+    return [i for places in members for i in places], np.concatenate(taken)
 
 
 def repeated(values: np.ndarray, keys: Sequence[str], first: Mapping[str, int]) -> np.ndarray:
@@ -257,8 +282,9 @@ def heads_step(module: MultimodalModel, in_parts: bool = False) -> Callable[...,
         rows = math.gcd(size, 1 << (rows.bit_length() - 1))
         if not in_parts or rows == size or edit is not None:
             return run(params, batch, edit)
+        pool, batch = batch.visual_pool, replace(batch, visual_pool=None)
         parts = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, rows, *x.shape[1:]), batch)
-        heads = jax.lax.map(lambda part: run(params, part, None), parts)
+        heads = jax.lax.map(lambda part: run(params, replace(part, visual_pool=pool), None), parts)
         return heads.reshape(size, *heads.shape[2:])
 
     return step
@@ -289,12 +315,16 @@ def run_batches(
     progress: bool,
     what: str,
     further: Callable[[BatchPlan], tuple[Any, ...]] = lambda _: (),
+    media: Sequence[Sequence[str]] | None = None,
 ) -> Iterator[tuple[BatchPlan, Any]]:
     """Run ``step(params, batch, *further(plan))`` on every plan.
 
-    Images and videos of the next batches are decoded by a thread while the device computes, and a result is fetched
-    only after the next batch has been dispatched. Of several processes each decodes the rows of its own devices; all
-    take the same steps and get every result whole.
+    With ``media``, digests of each prompt's images and videos, those that are shown again are not encoded again, on one
+    device (:mod:`sav_jax._visual_pool`).
+
+    Images and videos of the next batches are decoded and resized by threads while the device computes, and a result is
+    taken only after the next batch has been dispatched. Of several processes each decodes the rows of its own devices;
+    all take the same steps and get every result whole.
 
     Yields:
         Each plan, in order, with the step's result for its real rows: arrays of the same structure, on the host.
@@ -303,17 +333,31 @@ def run_batches(
         UserError: an image or video cannot be read; after the batches before have been yielded.
     """
 
-    def host_batch(plan: BatchPlan) -> Batch:
+    pool = pool_for(lmm, plans, prompts, media)
+
+    def rows_of(plan: BatchPlan) -> BatchPlan:
+        """The plan of this process's rows."""
+        if jax.process_count() == 1:
+            return plan
         filled = [*plan.rows, *[plan.rows[0]] * (plan.size - len(plan.rows))]
-        if jax.process_count() > 1:
-            own = tuple(filled[own_rows(lmm.mesh, plan.size)])
-            plan = replace(plan, rows=own, size=len(own))
-        pixels, virtual = {}, {}
-        for row in plan.rows:
-            if row not in pixels:
-                pixels[row] = lmm.processor.pixels(examples[row].load_images(), examples[row].load_videos())
-                virtual[row] = examples[row].virtual_tokens()
-        return assemble(plan, prompts, [pixels[row] for row in plan.rows], [virtual[row] for row in plan.rows])
+        own = tuple(filled[own_rows(lmm.mesh, plan.size)])
+        return replace(plan, rows=own, size=len(own))
+
+    def pixels_of(row: int) -> np.ndarray:
+        return lmm.processor.pixels(examples[row].load_images(), examples[row].load_videos())
+
+    def host_batch(number: int, own: BatchPlan, decoded: Mapping[int, Future[np.ndarray]]) -> tuple[Batch, list[Any]]:
+        pixels = {row: value.result() for row, value in decoded.items()}
+        virtual = [examples[row].virtual_tokens() for row in own.rows]
+        if pool is None:
+            return assemble(own, prompts, [pixels[row] for row in own.rows], virtual), []
+        return assemble(own, pool.prompts(number), None, virtual), pool.host(number, pixels)
+
+    def prepare(number: int, plan: BatchPlan) -> tuple[BatchPlan, Future[tuple[Batch, list[Any]]]]:
+        own = rows_of(plan)
+        rows = dict.fromkeys(own.rows) if pool is None else pool.decoded(number)
+        decoded = {row: decoding.submit(pixels_of, row) for row in rows}
+        return plan, assembling.submit(host_batch, number, own, decoded)
 
     def number_of(plan: BatchPlan) -> int:
         return sum(max(1, len(prompts[row].reads)) for row in plan.rows)
@@ -326,25 +370,37 @@ def run_batches(
         disable=not progress or not plans or jax.process_index() != 0,
         mininterval=0.5,
     )
-    pool = ThreadPoolExecutor(1)
+    # Two pools, as a batch waits for its pictures: in one, waiting threads could leave none to decode.
+    decoding, assembling = ThreadPoolExecutor(_DECODERS), ThreadPoolExecutor(1)
+    watch = Stopwatch()
     unreadable: UserError | None = None
     try:
-        upcoming = iter(plans)
-        prepared = deque((plan, pool.submit(host_batch, plan)) for _, plan in zip(range(2), upcoming, strict=False))
+        upcoming = enumerate(plans)
+        prepared = deque(prepare(*following) for _, following in zip(range(2), upcoming, strict=False))
         running: deque[tuple[BatchPlan, Any]] = deque()
         while prepared or running:
             if prepared:
                 plan, future = prepared.popleft()
                 try:
-                    batch = future.result()
+                    with watch.waiting():
+                        batch, images = future.result()
                 except UserError as error:
                     unreadable = error
                     prepared.clear()
                 else:
-                    with lmm.running():
-                        running.append((plan, step(lmm.params, put_own_rows(batch, lmm.mesh), *further(plan))))
+                    with watch.dispatching(), lmm.running():
+                        batch = put_own_rows(batch, lmm.mesh)
+                        if pool is not None:
+                            for image in images:
+                                pool.encode(lmm.params, image)
+                            batch = pool.filled(batch)
+                        result = step(lmm.params, batch, *further(plan))
+                    for leaf in jax.tree.leaves(result):
+                        leaf.copy_to_host_async()
+                    watch.dispatched(result, number_of(plan), plan.size * plan.bucket.tokens)
+                    running.append((plan, result))
                     if (following := next(upcoming, None)) is not None:
-                        prepared.append((following, pool.submit(host_batch, following)))
+                        prepared.append(prepare(*following))
             if len(running) > 1 or (running and not prepared):
                 plan, result = running.popleft()
                 rows = len(plan.rows)
@@ -353,8 +409,10 @@ def run_batches(
         if unreadable is not None:
             raise unreadable
     finally:
+        watch.stop()
         bar.close()
-        pool.shutdown(cancel_futures=True)
+        assembling.shutdown(cancel_futures=True)
+        decoding.shutdown(cancel_futures=True)
 
 
 def check_finite(heads: np.ndarray, examples: Sequence[Example]) -> None:

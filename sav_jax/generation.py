@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import struct
 
 from sav_jax.batching import BatchPlan, plan_batches
@@ -26,7 +27,7 @@ from sav_jax.examples import Example
 from sav_jax.extract import plan_prompts, run_batches
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Batch
-from sav_jax.models.decoder import KVCache
+from sav_jax.models.decoder import KVCache, read_at
 from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
@@ -84,21 +85,54 @@ def prefill_with_heads(
         edit: a change of head outputs, at the positions read unless it says where.
 
     Returns:
-        The :class:`Prefix`, and what stands at ``heads_path``: ``[L, B, R, N, H]``.
+        The :class:`Prefix`, and what stands at ``heads_path``: ``[L, B, R, N, H]``. Rows of R prompts that share their
+        beginning (``batch.segments``) come apart: the prefix has B * R rows, those of a row together.
     """
     rows, tokens = batch.token_ids.shape
     dtype = jax.tree.leaves(params)[0].dtype
-    cache = KVCache.empty(module.config.text, rows, tokens + room, dtype)
+    packed = batch.segments is not None
+    cache = KVCache.empty(module.config.text, rows, tokens if packed else tokens + room, dtype)
     output: Any
     output, state = module.apply(
         {"params": params}, batch, logits="read", cache=cache, edit=edit, mutable=["intermediates"]
     )
+    heads = functools.reduce(operator.getitem, heads_path, state["intermediates"])
+    if packed:
+        return _apart(output.cache, output.logits, batch, room), heads
     if batch.positions is None:
         following = jnp.asarray(batch.lengths)
     else:
         following = jnp.max(jnp.asarray(batch.positions), axis=(1, 2)) + 1  # padding counts as 0
-    heads = functools.reduce(operator.getitem, heads_path, state["intermediates"])
     return Prefix(output.cache, output.logits[:, 0], following), heads
+
+
+def _apart(cache: KVCache, logits: jax.Array, batch: Batch, room: int) -> Prefix:
+    """Prompts that were read in one row, each in a row of its own: what it shares and what is its own, side by side.
+
+    Args:
+        cache: of B rows.
+        logits: float32 ``[B, R, V]`` at the end of each prompt.
+        batch: the rows.
+        room: for so many further tokens each.
+    """
+    segments, ends = jnp.asarray(batch.segments), jnp.asarray(batch.read_positions)
+    own = jnp.take_along_axis(segments, ends, axis=1)  # the number of each prompt, [B, R]
+    shared = jnp.argmax(segments > 0, axis=1).astype(jnp.int32)[:, None]
+    starts = jnp.argmax(segments[:, None, :] == own[:, :, None], axis=2).astype(jnp.int32)
+    lengths = shared + ends + 1 - starts
+    # What stands behind its end means nothing, and nothing sees it.
+    places = jnp.arange(segments.shape[1] + room, dtype=jnp.int32)[None, None, :]
+    places = jnp.where(places < shared[:, :, None], places, places - shared[:, :, None] + starts[:, :, None])
+    places = jnp.minimum(places, segments.shape[1] - 1)
+
+    def take(stored: jax.Array) -> jax.Array:
+        taken = jax.vmap(lambda row, at: jnp.take(row, at, axis=1), in_axes=(1, 0), out_axes=1)(stored, places)
+        return rearrange(taken, "l b r s k h -> l (b r) s k h")
+
+    positions = read_at(jnp.asarray(batch.positions), ends)
+    last = positions if positions.ndim == 2 else jnp.max(positions, axis=2)
+    apart = KVCache(take(cache.keys), take(cache.values), lengths.reshape(-1))
+    return Prefix(apart, rearrange(logits, "b r v -> (b r) v"), last.reshape(-1) + 1)
 
 
 def extend(

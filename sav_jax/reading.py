@@ -1,7 +1,8 @@
 """Everything a frozen model says about a prompt, from one forward pass: head outputs, likelihoods of candidate answers
 and the answer it writes by itself.
 
-The prompt is read once. Its heads are kept, the candidates are scored on its cache and the decode loop goes on from it;
+The prompt is read once; what it has in common with others up to their images, once for all of them. Its heads are kept,
+the candidates are scored on its cache and the decode loop goes on from it;
 so a comparison of methods costs one pass over each prompt, whatever the methods look at.
 
 Axes: E examples, L layers, N heads, H head width, C candidate answers, G longest answer.
@@ -24,13 +25,16 @@ from sav_jax._processes import known_by_all, share, wait_for_all
 from sav_jax.batching import plan_batches
 from sav_jax.examples import Example
 from sav_jax.extract import (
+    apart,
     check_finite,
     content_key,
     media_digests,
+    packed,
     plan_prompts,
     repeated,
     run_batches,
     run_heads,
+    say_shared,
 )
 from sav_jax.generation import (
     Generation,
@@ -135,17 +139,29 @@ def read(
                 stores[name].write([wanted[name][i] for i in index[own]], parts[name][own])
 
     unique, planned = [examples[rows[i]] for i in absent], [prompts[rows[i]] for i in absent]
+    shown = [media[rows[i]] for i in absent]
     if answering:
-        plans = plan_batches(planned, batch_size, data_size(lmm.mesh))
+        packs = packed(lmm, planned, shown if edit is None else None)
+        plans = plan_batches([one.prompt for one in packs], batch_size, data_size(lmm.mesh), count_reads=True)
+        if progress:
+            say_shared(packs, "prompts")
         step = _read_step(lmm.module, lmm.architecture.heads_path, lmm.stop_token_ids, len(options) > 0, max_new_tokens)
         further = (table, lengths, *(() if edit is None else (edit,)))
         for plan, values in run_batches(
-            lmm, step, plans, planned, unique, progress=progress, what="prompts", further=lambda _: further
+            lmm,
+            step,
+            plans,
+            [one.prompt for one in packs],
+            [unique[one.members[0]] for one in packs],
+            progress=progress,
+            what="prompts",
+            further=lambda _: further,
+            media=[shown[one.members[0]] for one in packs],
         ):
-            check_finite(values[0], [unique[row] for row in plan.rows])
-            keep(plan.rows, dict(zip(("heads", "answers"), values, strict=True)))
+            (places, heads), (_, answers) = (apart(packs, plan, value) for value in values)
+            check_finite(heads, [unique[place] for place in places])
+            keep(places, {"heads": heads, "answers": answers})
     else:
-        shown = [media[rows[i]] for i in absent]
         every = range(len(planned))
         for places, values in run_heads(
             lmm, planned, unique, batch_size, every, shown, progress=progress, what="prompts", edit=edit
@@ -177,7 +193,8 @@ def _generation(lmm: LMM, count: np.floating[Any], token_ids: np.ndarray) -> Gen
 def _read_step(
     module: MultimodalModel, path: tuple[str, ...], stops: tuple[int, ...], scored: bool, max_new_tokens: int
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """``(params, batch, options [C, W], lengths [C], edit=None) -> heads [B, L, N, H], answers [B, 1, 1, 1 + C + G]``.
+    """``(params, batch, options [C, W], lengths [C], edit=None) -> heads [B, R, L, N, H], answers [B, R, 1, 1, 1 + C +
+    G]`` of the R prompts in every row.
 
     An answer is the number of tokens written, the scores of the options, and the tokens: as float32, which holds every
     token id exactly (they are below 2^24), so that answers are stored as heads are.
@@ -199,8 +216,8 @@ def _read_step(
             )
         answers = [count[:, None].astype(jnp.float32), scores, tokens.astype(jnp.float32)]
         return (
-            rearrange(heads[:, :, 0], "l b n h -> b l n h").astype(jnp.float32),
-            jnp.concatenate(answers, axis=1)[:, None, None],
+            rearrange(heads, "l b r n h -> b r l n h").astype(jnp.float32),
+            rearrange(jnp.concatenate(answers, axis=1), "(b r) w -> b r 1 1 w", b=batch.token_ids.shape[0]),
         )
 
     return step

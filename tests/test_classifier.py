@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from support_sets import LABELS, separable
 
 from sav_jax import SparseAttentionVectors, _scoring
+from sav_jax.models.aligned import aligned_zeros
 
 # Two cosines closer than this may change places: 128 products and sums in float32 are off by some 1e-6.
 MARGIN = 1e-5
@@ -332,3 +333,24 @@ def test_huge_and_tiny_vectors_do_not_overflow() -> None:
         np.testing.assert_array_equal(
             sav.scores, SparseAttentionVectors.fit(heads, LABELS, 4, leave_one_out=True).scores
         )
+
+
+def test_heads_that_begin_where_xla_wants_are_used_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = _scoring.local_mesh()
+    heads = aligned_zeros((64 * mesh.size, 6, 16))
+    heads[:] = np.random.default_rng(0).normal(size=heads.shape)
+    labels = np.arange(len(heads)) % 2
+    shifted = np.empty(heads.size + 1, np.float32)[1:].reshape(heads.shape)  # four bytes behind
+    shifted[:] = heads
+    (own, _), (copied, _) = (next(_scoring._chunks(x, labels, 2, len(x), mesh)) for x in (heads, shifted))
+    first = heads.ctypes.data
+    assert own.addressable_shards[0].data.unsafe_buffer_pointer() == first
+    assert copied.addressable_shards[0].data.unsafe_buffer_pointer() != shifted.ctypes.data
+    np.testing.assert_array_equal(own, copied)
+    sizes = len(heads), heads[:1].nbytes, 6 * 16, mesh
+    assert _scoring._in_place(heads, mesh)
+    assert not _scoring._in_place(shifted, mesh)
+    assert not _scoring._in_place(heads[:-1], mesh)
+    monkeypatch.setattr(_scoring, "_CHUNK_BYTES", heads.nbytes // 3)
+    assert _scoring._plan(*sizes, in_place=True)[1] == len(heads)
+    assert _scoring._plan(*sizes)[1] == len(heads) // 4, "chunks of one size"

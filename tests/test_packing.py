@@ -12,7 +12,8 @@ import pytest
 from checkpoints import Reference, picture
 
 import sav_jax
-from sav_jax import extract
+from sav_jax import extract, reading
+from sav_jax.batching import plan_batches
 from sav_jax.examples import Example
 from sav_jax.extract import content_key, extract_heads, media_digests, plan_prompts
 from sav_jax.headstore import HeadStore
@@ -141,3 +142,30 @@ def test_few_rows_at_a_time_give_the_same_heads(lmm: sav_jax.LMM, monkeypatch: p
     monkeypatch.setattr(extract, "_CACHED_BYTES", 1)
     monkeypatch.setattr(extract, "heads_step", extract.heads_step.__wrapped__)
     np.testing.assert_allclose(extract_heads(lmm, examples, 4, progress=False), whole, rtol=0, atol=ROUNDING)
+
+
+def test_answers_are_those_of_every_prompt_alone(
+    family: sav_jax.LMM, passes: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads, likelihoods of options and what is written: all of one pass over what prompts share."""
+    options = ["yes", "no", "maybe not"]
+    together = reading.read(family, EXAMPLES, options, max_new_tokens=6, batch_size=4)
+    assert "6 prompts share their images; 2 passes read them" in capsys.readouterr().err
+    assert sum(passes) == together.passes == len(EXAMPLES)
+    for row, example in enumerate(EXAMPLES):
+        alone = reading.read(family, [example], options, max_new_tokens=6, progress=False)
+        np.testing.assert_allclose(together.heads[row], alone.heads[0], rtol=0, atol=ROUNDING)
+        # A log-likelihood of up to three tokens, each a sum over the vocabulary of logits of order one.
+        np.testing.assert_allclose(together.scores[row], alone.scores[0], rtol=0, atol=3 * ROUNDING)
+        assert together.generations[row] == alone.generations[0]
+        assert together.keys[row] == alone.keys[0]
+    assert len({generation.token_ids for generation in together.generations}) > 1
+
+
+def test_a_batch_of_packs_holds_as_many_prompts_as_any_other(lmm: sav_jax.LMM) -> None:
+    """Every prompt of a pack gets a cache of its own."""
+    examples = [Example(f"Question {i}?", (picture(30, 30, seed=i // 4),)) for i in range(16)]
+    packs = [one.prompt for one in packs_of(lmm, examples)]
+    assert [len(plan.rows) for plan in plan_batches(packs, 8, count_reads=True)] == [2, 2]
+    assert [len(plan.rows) for plan in plan_batches(packs, 2, count_reads=True)] == [1, 1, 1, 1]
+    assert [plan.size for plan in plan_batches(packs, 8, 4, count_reads=True)] == [4]

@@ -1,7 +1,7 @@
 """What a model is given: one batch of prompts with static shapes.
 
 Axes: B batch, T tokens (padded), R positions read, P rows of pixels of one prompt (padded), S taps of one visual token,
-M virtual tokens of one prompt (padded), D width of the decoder.
+M virtual tokens of one prompt (padded), D width of the decoder, X rows of a pool, J deepstack layers.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class Batch:
             ``virtual_tokens`` is.
         segments: int32 ``[B, T]`` of rows that hold several prompts with the same beginning: 0 there and from 1 on in
             what follows. A token sees the beginning and its own segment. None: rows are one prompt each.
+        visual_pool: ``[1 + J, X, D]`` visual tables of many images in one, and those of the deepstack, or None. If it
+            is given, ``visual_index`` speaks of its rows, and there are no pixels.
     """
 
     token_ids: Array
@@ -51,3 +53,4 @@ class Batch:
     virtual_tokens: Array | None = None
     virtual_index: Array | None = None
     segments: Array | None = None
+    visual_pool: Array | None = None

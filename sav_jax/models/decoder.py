@@ -373,6 +373,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         deepstack: jax.Array | None = None,
         edit: HeadEdit | None = None,
+        segments: Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Run all layers.
 
@@ -384,6 +385,7 @@ class Decoder(nn.Module):
             cache: what came before; its capacity must hold T more than its longest row.
             deepstack: see :class:`Context`.
             edit: a change of head outputs.
+            segments: int32 ``[B, T]`` of rows of several prompts (not behind what is in a cache), or None.
 
         Returns:
             ``[B, T, D]`` after the final norm, and the cache with these tokens appended (None if none was given).
@@ -391,6 +393,7 @@ class Decoder(nn.Module):
         context, layer_edits, prompt_lengths = self._context(
             x.shape[1], lengths, read_positions, positions, cache, deepstack, edit
         )
+        context = context.replace(segments=segments)  # type: ignore[attr-defined]
         layers = jnp.arange(self.config.num_layers)
         layer_caches = None if cache is None else (cache.keys, cache.values)
         x, layer_caches = self.layers(x, layers, layer_caches, layer_edits, context)

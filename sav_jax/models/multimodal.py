@@ -71,14 +71,17 @@ class MultimodalModel(nn.Module):
         if batch.virtual_tokens is not None and batch.virtual_index is not None:
             rows = read_at(jnp.asarray(batch.virtual_tokens), jnp.maximum(jnp.asarray(batch.virtual_index), 0))
             x = jnp.where((jnp.asarray(batch.virtual_index) >= 0)[:, :, None], rows.astype(x.dtype), x)
-        if batch.pixels is None or batch.visual_index is None or batch.visual_weight is None:
+        if batch.visual_index is None or (batch.pixels is None and batch.visual_pool is None):
             return x, None
+        tables = self.visual_tables(batch) if batch.visual_pool is None else jnp.asarray(batch.visual_pool)
+        visual = [gather_visual(table.astype(x.dtype), batch) for table in tables]
+        x = jnp.where(batch.visual_index[:, :, :1] >= 0, visual[0], x)
+        return x, jnp.stack(visual[1:]) if len(visual) > 1 else None
+
+    def visual_tables(self, batch: Batch) -> jax.Array:
+        """``[1 + J, B, M, D]``: the visual tables of the prompts, and those of the deepstack."""
         table, deepstack = self.encode_images(batch)
-        visual = gather_visual(table.astype(x.dtype), batch)
-        x = jnp.where(batch.visual_index[:, :, :1] >= 0, visual, x)
-        if deepstack is None:
-            return x, None
-        return x, jnp.stack([gather_visual(layer.astype(x.dtype), batch) for layer in deepstack])
+        return table[None] if deepstack is None else jnp.concatenate([table[None], deepstack])
 
     def __call__(
         self, batch: Batch, logits: str = "none", cache: KVCache | None = None, edit: HeadEdit | None = None
@@ -93,7 +96,7 @@ class MultimodalModel(nn.Module):
         """
         x, deepstack = self.embed(batch)
         hidden, cache = self.language_model(
-            x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack, edit
+            x, batch.lengths, batch.read_positions, batch.positions, cache, deepstack, edit, batch.segments
         )
         if logits == "none" and not self.is_initializing():
             return Output(hidden, cache=cache)
@@ -114,14 +117,15 @@ class MultimodalModel(nn.Module):
 
 
 def gather_visual(table: jax.Array, batch: Batch) -> jax.Array:
-    """Weighted sums of the rows of each prompt's table ``[B, M, D]`` at its visual tokens, zero at text: ``[B, T,
-    D]``.
+    """Weighted sums of the rows of each prompt's table ``[B, M, D]``, or of one for all ``[X, D]``, at its visual
+    tokens, zero at text: ``[B, T, D]``.
     """
     assert batch.visual_index is not None
     assert batch.visual_weight is not None
-    visual = jnp.zeros((*batch.visual_index.shape[:2], table.shape[2]), table.dtype)
+    visual = jnp.zeros((*batch.visual_index.shape[:2], table.shape[-1]), table.dtype)
     for tap in range(batch.visual_index.shape[2]):
-        rows = read_at(table, jnp.maximum(batch.visual_index[:, :, tap], 0))
+        index = jnp.maximum(batch.visual_index[:, :, tap], 0)
+        rows = jnp.take(table, index, axis=0) if table.ndim == 2 else read_at(table, index)
         # Weights are zero at text positions.
         visual = visual + rows * batch.visual_weight[:, :, tap, None].astype(table.dtype)
     return visual

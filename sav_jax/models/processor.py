@@ -46,6 +46,7 @@ class Prompt:
         segments: int32 ``[T]`` of several prompts in one sequence (``sav_jax/packing.py``), see
             :class:`sav_jax.models.batch.Batch`; None if it is one. ``positions`` may then be ``[T]``.
         reads: where each of them ends; of a single one, nothing: it is read at its last token.
+        media_rows: rows of pixels of each image, then of each video.
     """
 
     token_ids: np.ndarray
@@ -57,6 +58,7 @@ class Prompt:
     virtual_index: np.ndarray | None = None
     segments: np.ndarray | None = None
     reads: tuple[int, ...] = ()
+    media_rows: tuple[int, ...] = ()
 
     @property
     def num_virtual(self) -> int:
@@ -71,14 +73,14 @@ class Prompt:
         if positions is not None:
             following = positions.max() + 1 + np.arange(len(extra), dtype=np.int32)
             positions = np.concatenate([positions, np.repeat(following[:, None], positions.shape[1], axis=1)])
-        return Prompt(
-            np.concatenate([self.token_ids, extra]),
-            self.num_rows,
-            np.pad(self.visual_index, pad, constant_values=-1),
-            np.pad(self.visual_weight, pad),
-            self.vision,
-            positions,
-            None if self.virtual_index is None else np.pad(self.virtual_index, (0, len(extra)), constant_values=-1),
+        virtual = self.virtual_index
+        return replace(
+            self,
+            token_ids=np.concatenate([self.token_ids, extra]),
+            visual_index=np.pad(self.visual_index, pad, constant_values=-1),
+            visual_weight=np.pad(self.visual_weight, pad),
+            positions=positions,
+            virtual_index=None if virtual is None else np.pad(virtual, (0, len(extra)), constant_values=-1),
         )
 
     def cut(self, length: int) -> Prompt:
@@ -134,6 +136,10 @@ class Processor:
             first_row: how many rows of pixels of the prompt come before its own.
         """
         raise NotImplementedError
+
+    def vision_of(self, prompt: Prompt, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The family's further plans of some rows of a prompt's pixels, whole images, as if they were all it has."""
+        return {name: values[start:stop] for name, values in prompt.vision.items()}
 
     def pixels(self, images: Sequence[Image.Image], videos: Sequence[Sequence[Image.Image]] = ()) -> np.ndarray:
         """What the tower takes, float32 ``[P, ...]``, for all images and then all videos (their frames) of a prompt."""
@@ -243,8 +249,10 @@ class Processor:
             return self._with_virtual(np.asarray(token_ids, np.int32), image_sizes, videos, virtual)
         images = self.plan_images(image_sizes)
         clips: list[VisualPlan] = []
+        media_rows = [plan.num_rows for plan in images]
         for video in videos:
-            clips += self.plan_video(video, sum(plan.num_rows for plan in [*images, *clips]))
+            clips += (parts := self.plan_video(video, sum(media_rows)))
+            media_rows.append(sum(part.num_rows for part in parts))
         ids = np.asarray(token_ids, np.int32)
         is_image = ids == self.config.image_token_id
         # In a prompt without videos their token is text like any other.
@@ -272,8 +280,8 @@ class Processor:
         expanded, index, weight = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
         names = stored[0].vision if stored else {}
         vision = {name: np.concatenate([plan.vision[name] for plan in stored]) for name in names}
-        num_rows = sum(plan.num_rows for plan in stored)
-        return Prompt(expanded, num_rows, index, weight, vision, self.positions(index[:, 0] >= 0, plans))
+        positions = self.positions(index[:, 0] >= 0, plans)
+        return Prompt(expanded, sum(media_rows), index, weight, vision, positions, media_rows=tuple(media_rows))
 
     def _with_virtual(
         self,

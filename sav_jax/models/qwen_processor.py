@@ -11,7 +11,7 @@ from PIL import Image
 
 from sav_jax.errors import UserError
 from sav_jax.models.anyres import VisualPlan
-from sav_jax.models.processor import Processor
+from sav_jax.models.processor import Processor, Prompt
 from sav_jax.models.qwen_plan import fitted_size, plan_visual, rope_positions
 from sav_jax.models.qwen_vl import QwenVLConfig
 from sav_jax.models.video import VideoShape, frame_values
@@ -95,6 +95,11 @@ class QwenVLProcessor(Processor):
             position_side=c.position_side,
             frame_step=frame_step,
         )
+
+    def vision_of(self, prompt: Prompt, start: int, stop: int) -> dict[str, np.ndarray]:
+        # These three speak of rows of the prompt (models/qwen_plan.py).
+        first = {"segments": start, "order": start, "windows": start}
+        return {name: values - first.get(name, 0) for name, values in super().vision_of(prompt, start, stop).items()}
 
     @property
     def _token_side(self) -> int:

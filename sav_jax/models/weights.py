@@ -25,6 +25,7 @@ from einops import rearrange
 from flax import traverse_util
 
 from sav_jax.errors import UserError
+from sav_jax.models.aligned import aligned_empty
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -255,16 +256,16 @@ def load_params(
         def read(index: Any, entry: Entry = entry, sources: list[StoredTensor] = sources) -> np.ndarray:
             if entry.layers is None:
                 part = entry.to_param(sources[0].read())[index]
-                out = np.empty(part.shape, dtype)
+                out = aligned_empty(part.shape, dtype)
                 copy(part, out)
                 return out
             parts = [entry.to_param(source.read())[index[1:]] for source in sources[index[0]]]
-            out = np.empty((len(parts), *parts[0].shape), dtype)
+            out = aligned_empty((len(parts), *parts[0].shape), dtype)
             list(readers.map(copy, parts, out))  # layers side by side: a copy waits for the disk or for memory
             return out
 
         if sharding is None:
-            flat[entry.target] = jax.numpy.asarray(read((slice(None),) * len(shape)))
+            flat[entry.target] = jax.device_put(read((slice(None),) * len(shape)), may_alias=True)
         else:
             flat[entry.target] = jax.make_array_from_callback(shape, sharding(entry.target, shape), read)
     readers.shutdown()
