@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     add(
         "--export-only", action="store_true", help="train no more: export the state (or model.safetensors) in --run-dir"
     )
+    add("--account", default="", help="for the card: how this training went (machine, time, where it was stopped)")
     add("--no-evaluation", action="store_true", help="write the weights only, without evaluating them")
     return parser.parse_args()
 
@@ -73,7 +74,7 @@ def main(given: argparse.Namespace) -> int:
         if given.no_evaluation:
             trainer.write_weights(params, given.output)
         else:
-            trainer.export(params, given.output)
+            trainer.export(params, given.output, given.account)
         say(f"{recipe.family}: step {step} written to {given.output}")
     return 0
 

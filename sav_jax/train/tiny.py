@@ -225,6 +225,18 @@ class Trainer:
 
         return self._submit("gradients", bucket, str(rows), build=build)
 
+    def losses_of(self, bucket: str, rows: int) -> Future[Callable[..., Any]]:
+        """``(params, label_weight, *arrays) -> (loss, likeliest)``, as :meth:`gradients_of` but for the gradients."""
+
+        def build() -> Callable[..., Any]:
+            def run(params: Params, label_weight: jax.Array, *arrays: jax.Array) -> Any:
+                return self._loss(params, label_weight, arrays, bucket)
+
+            weight = jax.ShapeDtypeStruct((), jnp.float32)
+            return jax.jit(run).lower(self._state_shapes().params, weight, *self._shapes(bucket, rows)).compile()
+
+        return self._submit("losses", bucket, str(rows), build=build)
+
     def update(self) -> Future[Callable[..., Any]]:
         """``(params, optimizer, gradients, scale) -> (params, optimizer, finite)``."""
 
@@ -239,9 +251,15 @@ class Trainer:
         return self._submit("update", build=build)
 
     def likeliest(self, params: Params, batch: TinyBatch) -> np.ndarray:
-        """Likeliest tokens ``[B, R]`` (or labels ``[B, G]``) of a batch, by the program that training has compiled."""
-        program = self.gradients_of(batch.bucket, len(batch.images)).result()
-        (_, best), _ = program(params, np.float32(0), *batch.arrays())
+        """Likeliest tokens ``[B, R]`` (or labels ``[B, G]``) of a batch, by the program that training has compiled.
+
+        Without training (``--export-only``) there is none, and one without gradients takes a fraction of the memory.
+        """
+        rows = len(batch.images)
+        if ("gradients", batch.bucket, str(rows)) in self._programs:
+            (_, best), _ = self.gradients_of(batch.bucket, rows).result()(params, np.float32(0), *batch.arrays())
+        else:
+            _, best = self.losses_of(batch.bucket, rows).result()(params, np.float32(0), *batch.arrays())
         return np.asarray(best)
 
     def compile_ahead(self) -> None:
@@ -348,8 +366,14 @@ class Trainer:
             shutil.copy(self.directory / name, output / name)
         save_checkpoint(output, self.config, jax.device_get(params), dtype="bfloat16")
 
-    def export(self, params: Params, output: Path) -> None:
-        """Writes the checkpoint directory: bfloat16 weights, their evaluation on held-out scenes, and its card."""
+    def export(self, params: Params, output: Path, account: str = "") -> None:
+        """Writes the checkpoint directory: bfloat16 weights, their evaluation on held-out scenes, and its card.
+
+        Args:
+            params: float32.
+            output: the directory, made if missing.
+            account: for the card: machine, time, and where this training was stopped.
+        """
         from sav_jax.train.tiny_card import write_card
         from sav_jax.train.tiny_evaluation import evaluate, guesses
 
@@ -358,6 +382,7 @@ class Trainer:
         number = self.recipe.final_evaluation_size
         evaluation = {
             "recipe": asdict(self.recipe),
+            "account": account,
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
             "scenes_per_kind": number,
             "labels": evaluate(self, rounded, number, labels=True, questions=False),

@@ -60,7 +60,7 @@ the step number, so a killed run resumes to the same weights. To train it again:
 python scripts/train_tiny.py --preset {family} --run-dir runs/{family} --output sav_jax/models/{family}
 ```
 
-The exact numbers of the recipe and the training's log are in `evaluation.json` beside this file.
+{account}The exact numbers of the recipe and the training's log are in `evaluation.json` beside this file.
 
 ![training curve](curve.svg)
 
@@ -124,6 +124,7 @@ def model_card(evaluation: Mapping[str, Any]) -> str:
         class_=_CLASSES[family],
         stages="\n".join(_stage_row(stage) for stage in recipe["stages"]),
         several=_SEVERAL[several],
+        account=f"{evaluation['account']}\n\n" if evaluation["account"] else "",
         scenes=evaluation["scenes_per_kind"],
         all=questions["all"],
         questions="\n".join(

@@ -17,7 +17,10 @@ from sav_jax.world.shapes import COLORS, SHAPES, TEXTURES, UNNAMED_TEXTURES
 from sav_jax.world.things import FRAMES, LARGE, SCAN, SIZE, STYLES, Scene, Thing
 from sav_jax.world.words import WORDS
 
-__all__ = ["KINDS", "LARGE", "SCAN", "SIZE", "Scene", "Thing", "draw", "held_out_pair", "names_of", "sample_scene"]
+__all__ = [
+    "KINDS", "LARGE", "SCAN", "SIZE", "Scene", "Thing", "draw", "held_out_pair", "names_of", "sample_scene",
+    "stands_out",
+]  # fmt: skip
 
 KINDS = ("scan", "glyph", "shape", "object", "word", "swatch", "pair", "group", "crowd")
 """Kinds of scene, see :class:`sav_jax.world.things.Scene`."""
@@ -54,6 +57,11 @@ def held_out_pair(color: str, name: str) -> bool:
     return name in names and (_COLOR_NAMES.index(color) + 2 * names.index(name)) % 11 == 0
 
 
+def stands_out(ink: str, background: str) -> bool:
+    """Whether something of that colour can be seen on that background."""
+    return ink != background and frozenset((ink, background)) not in _ALIKE
+
+
 def _pick(rng: np.random.Generator, options: tuple[str, ...] | str) -> str:
     return options[int(rng.integers(len(options)))]
 
@@ -68,7 +76,7 @@ def _colors(rng: np.random.Generator, colorful: float) -> tuple[str, str]:
         return ("white", "black") if rng.random() < 0.6 else ("black", "white")
     while True:
         ink, background = _pick(rng, _COLOR_NAMES), _pick(rng, _COLOR_NAMES)
-        if ink != background and frozenset((ink, background)) not in _ALIKE:
+        if stands_out(ink, background):
             return ink, background
 
 
@@ -227,7 +235,7 @@ def _occluder(rng: np.random.Generator, share: float, side: int) -> Box | None:
 def _ground(rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
     """A background for several things and the colours that stand out from it."""
     background = _pick(rng, ("black", "white", "black", "white", "gray", "yellow", "blue"))
-    return background, tuple(c for c in COLORS if c != background and frozenset((c, background)) not in _ALIKE)
+    return background, tuple(c for c in COLORS if stands_out(c, background))
 
 
 def _pair_scene(rng: np.random.Generator, held_out: bool, side: int) -> Scene:
