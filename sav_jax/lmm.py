@@ -147,7 +147,7 @@ def load(
     """Load an LMM.
 
     Args:
-        path: "tiny" (bundled), a directory in Hugging Face layout, or a hub id such as
+        path: "tiny" or "tiny-qwen" (bundled), a directory in Hugging Face layout, or a hub id such as
             ``llava-hf/llava-onevision-qwen2-7b-ov-hf``.
         dtype: of parameters and activations; by default float32 on CPU and bfloat16 on TPU and GPU. Norms, softmax,
             rotations and all statistics are float32 whatever it is.

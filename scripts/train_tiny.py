@@ -75,7 +75,7 @@ def main(given: argparse.Namespace) -> int:
             trainer.write_weights(params, given.output)
         else:
             trainer.export(params, given.output, given.account)
-        say(f"{recipe.family}: step {step} written to {given.output}")
+        say(f"{recipe.family}: {f'step {step}' if step >= 0 else 'weights'} written to {given.output}")
     return 0
 
 

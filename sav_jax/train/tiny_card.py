@@ -27,9 +27,10 @@ pipeline_tag: image-text-to-text
 
 # sav_jax {family}
 
-{layout} It is there so that everything in sav_jax can
-be tried, tested and shown on a laptop. It answers short questions about small drawn scenes. It is not a photo model,
-and knows no English beyond its questions.
+{layout}
+
+It is there so that everything in sav_jax can be tried, tested and shown on a laptop. It answers short questions about
+small drawn scenes. It is not a photo model, and knows no English beyond its questions.
 
 ```python
 import sav_jax
@@ -67,7 +68,8 @@ python scripts/train_tiny.py --preset {family} --run-dir runs/{family} --output 
 ## What it can do
 
 Exact-match accuracy on held-out scenes with the stored bfloat16 weights: {scenes} scenes of each kind, one question
-about each. A row is one type of question about one kind of scene. Glyphs and words are in typefaces and
+about each. A row is one type of question about one kind of scene, and rests on few of them (a type that is rarely asked
+on fewer than ten): read it with its neighbours. Glyphs and words are in typefaces and
 pen styles that training never drew; one combination of colour and shape or object in eleven is new. "Constant" is the
 share of the commonest answer: what answering without looking would reach. Answers are free (an argmax over the whole
 vocabulary, token by token), not a choice among options. All together: {all:.3f}.

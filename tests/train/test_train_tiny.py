@@ -256,7 +256,7 @@ def test_targets_are_the_tokens_after_the_positions_read(chats, bucket):
 
 def test_export_writes_a_loadable_checkpoint_with_its_card(finished, tmp_path):
     trainer, params = finished
-    trainer.export(params, tmp_path / "tiny")
+    trainer.export(params, tmp_path / "tiny", "Stopped at step 14, on a laptop.")
     arch = architecture(read_config(tmp_path / "tiny"))
     loaded = load_params(tmp_path / "tiny", arch.table, jax.eval_shape(trainer.initial_params), jnp.bfloat16)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -264,6 +264,7 @@ def test_export_writes_a_loadable_checkpoint_with_its_card(finished, tmp_path):
         assert np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
     evaluation = json.loads((tmp_path / "tiny" / "evaluation.json").read_text())
     card = (tmp_path / "tiny" / "README.md").read_text()
+    assert "Stopped at step 14, on a laptop." in card
     for name, value in evaluation["questions"].items():
         if name != "all":
             assert f"| {name} | {value:.3f} | {evaluation['guess'][name]:.3f} |" in card
