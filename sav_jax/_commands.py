@@ -7,7 +7,6 @@ import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -20,12 +19,13 @@ from sav_jax._files import check_output_file, check_output_folder, write_file
 from sav_jax._options import Devices, Running
 from sav_jax._processes import by_the_first, failing_together, start
 from sav_jax._profiling import profiled
+from sav_jax._storage import Location, is_url, lies_in, local, location
 from sav_jax._tpu import leave_tpus_alone
 from sav_jax.classifier import SparseAttentionVectors, choose_shots, load_classifier
 from sav_jax.errors import UserError
 from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 from sav_jax.extract import extract_heads
-from sav_jax.headstore import check_head_array_path, default_cache_dir, write_head_array
+from sav_jax.headstore import check_head_array_path, default_cache_dir, local_cache_dir, write_head_array
 from sav_jax.lmm import BUNDLED, LMM, find_model, load, local_model, usual_mesh
 from sav_jax.sharding import mesh_of
 
@@ -61,7 +61,7 @@ def run(options: Any) -> None:
         if jax.distributed.is_initialized() and jax.process_index() != 0:  # the first speaks for all
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         if (running := getattr(options, "running", None)) is not None:
-            keep_programs(_cache_dir(running))
+            keep_programs(_programs_dir(running))
             stack.enter_context(counted())
             if running.profile is not None:
                 stack.enter_context(profiled(running.profile))
@@ -113,8 +113,8 @@ def _fit(options: cli.Fit) -> None:
 
 def _predict(options: cli.Predict) -> None:
     if options.output != "-":
-        output = check_output_file(options.output).resolve()
-        if options.data.resolve() in (output, *output.parents):
+        by_the_first(lambda: check_output_file(options.output))
+        if lies_in(location(options.output), options.data):
             raise UserError(f"{options.output}: is, or lies in, the data to be classified; choose another output")
     classifier = load_classifier(options.classifier)
     made_with = classifier.metadata.get("model")
@@ -177,6 +177,7 @@ def _eval(options: cli.Eval) -> None:
             free = {True: " (free answers, too)", False: ""}
             print(_listed({name: f"{of.description}{free[of.generates]}" for name, of in METHODS.items()}))
         return
+    data_dir = local(options.data_dir or default_data_dir(), "the folder of the benchmarks' files (--data-dir)")
     if options.train is None and options.test is not None:
         raise UserError("a task of your own needs --train")
     if options.train is not None:
@@ -205,7 +206,7 @@ def _eval(options: cli.Eval) -> None:
             siglip=options.siglip,
             aim=options.aim,
             allow_leak=options.allow_leak,
-            data_dir=options.data_dir or default_data_dir(),
+            data_dir=data_dir,
             log_samples=options.log_samples,
         ),
         options.output_path,
@@ -225,6 +226,7 @@ def _tune(chosen: training_options.Lora | training_options.SqLlava) -> None:
     from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
     from sav_jax.train.tune import export, tuned_with_updates
 
+    local(chosen.output, "the output of training")
     presets = LORA_PRESETS if isinstance(chosen, training_options.Lora) else SQ_PRESETS
     recipe = overridden(presets[chosen.preset], vars(chosen) | vars(chosen.run))
     by_the_first(lambda: check_output_folder(chosen.output, "run.json"))
@@ -241,6 +243,7 @@ def _train_aim(options: training_options.Aim) -> None:
     from sav_jax.train.documents import drawn_documents, read_documents
     from sav_jax.train.recipes import overridden
 
+    local(options.output, "the output of training")
     given = (
         vars(options)
         | vars(options.run)
@@ -408,6 +411,12 @@ def _cache_dir(running: Running) -> str | None:
     return None if running.no_cache else (running.cache or default_cache_dir()).rstrip("/")
 
 
+def _programs_dir(running: Running) -> str | None:
+    """JAX needs further packages to write to a bucket: programs stay on the local disk."""
+    folder = _cache_dir(running)
+    return local_cache_dir() if folder is not None and is_url(folder) else folder
+
+
 def _cache(running: Running) -> str | None:
     folder = _cache_dir(running)
     return folder and f"{folder}/heads"
@@ -448,7 +457,7 @@ def _common_question(examples: Sequence[Example]) -> str | None:
     return questions.pop() if len(questions) == 1 else None
 
 
-def _summary(classifier: SparseAttentionVectors, output: Path) -> str:
+def _summary(classifier: SparseAttentionVectors, output: Location) -> str:
     total = sum(classifier.support)
     classes = [f"{name} ({count})" for name, count in zip(classifier.labels, classifier.support, strict=True)]
     best = [

@@ -1,4 +1,4 @@
-"""Writing results so that whoever is interrupted leaves either the whole file or none."""
+"""Writing results, on a local disk or in a bucket: whoever is interrupted leaves either a whole file or none."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
+from sav_jax._storage import AnyPath, BucketPath, Location, check_bucket, location
 from sav_jax.errors import UserError
 
 
-def check_output_folder(path: str | os.PathLike[str], marker: str | None = None) -> Path:
+def check_output_folder(path: AnyPath, marker: str | None = None) -> Location:
     """Refuse, before any work is done, a folder that cannot be written later.
 
     Args:
@@ -23,29 +23,34 @@ def check_output_folder(path: str | os.PathLike[str], marker: str | None = None)
       UserError: if the path is a file, lies below a file or in a folder without write permission, or holds other
         things.
     """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; the output is a folder")
-    if marker is not None and folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
-        raise UserError(f"{folder}: holds other things (no {marker}); choose another folder for the output")
-    _check_writable(folder, folder)
+    folder = location(path)
+    with _reported(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; the output is a folder")
+        if marker is not None and folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
+            raise UserError(f"{folder}: holds other things (no {marker}); choose another folder for the output")
+        _check_writable(folder, folder)
     return folder
 
 
-def check_output_file(path: str | os.PathLike[str]) -> Path:
+def check_output_file(path: AnyPath) -> Location:
     """Refuse, before any work is done, a file that cannot be written later.
 
     Raises:
       UserError: if the path is a folder, or lies below a file or in a folder without write permission.
     """
-    file = Path(path)
-    if file.is_dir():
-        raise UserError(f"{file}: is a folder; the output is a file")
-    _check_writable(file, file.parent)
+    file = location(path)
+    with _reported(file):
+        if file.is_dir():
+            raise UserError(f"{file}: is a folder; the output is a file")
+        _check_writable(file, file.parent)
     return file
 
 
-def _check_writable(path: Path, folder: Path) -> None:
+def _check_writable(path: Location, folder: Location) -> None:
+    if isinstance(folder, BucketPath):
+        check_bucket(folder)
+        return
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise UserError(f"{path}: cannot be written: {existing} is a file")
@@ -53,14 +58,17 @@ def _check_writable(path: Path, folder: Path) -> None:
         raise UserError(f"{path}: cannot be written: no permission for {existing}")
 
 
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+def write_file(path: AnyPath, content: bytes) -> None:
     """Write a file, and the folders above it, replacing an old file in one step.
 
     Raises:
       UserError: if the system refuses.
     """
-    path = Path(path)
+    path = location(path)
     with _reported(path):
+        if isinstance(path, BucketPath):
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
@@ -70,8 +78,9 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
-    """Write the files of a folder. A new folder appears complete; in an old one the files are replaced one by one.
+def write_folder(path: AnyPath, files: Mapping[str, bytes]) -> None:
+    """Write the files of a folder. A new folder appears complete; in an old one, and in a bucket, the files are written
+    one by one, in their order: what says that the others are complete comes last.
 
     Args:
       path: the folder.
@@ -80,9 +89,9 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
     Raises:
       UserError: if the system refuses.
     """
-    path = Path(path)
+    path = location(path)
     with _reported(path):
-        if path.exists():
+        if isinstance(path, BucketPath) or path.exists():
             for name, content in files.items():
                 write_file(path / name, content)
             return
@@ -99,7 +108,7 @@ def write_folder(path: str | os.PathLike[str], files: Mapping[str, bytes]) -> No
 
 
 @contextlib.contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def _reported(path: Location) -> Iterator[None]:
     try:
         yield
     except OSError as error:

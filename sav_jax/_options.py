@@ -8,6 +8,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sav_jax._storage import BucketPath, location
+
+Place = Annotated[
+    Path | BucketPath,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: location(words[0]),
+        is_instance=lambda value: isinstance(value, Path | BucketPath),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A file or folder on a local disk, or in a bucket: ``gs://bucket/name``."""
+
 
 def optional(metavar: str, default: str) -> Any:
     """An option that may be left out: what its value looks like, and what happens without it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import itertools
 import os
 import sys
@@ -34,6 +35,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     """
     if jax.distributed.is_initialized():
         return
+    _keep_stdout()
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:  # nothing was found, or nobody answered
@@ -41,6 +43,21 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
             f"the other processes cannot be joined ({' '.join(str(error).split())[:300]}); --coordinator, "
             "--num-processes and --process-id say where they are"
         ) from None
+
+
+def _keep_stdout() -> None:
+    """Leave the stdout of this process to Python: what libraries of other languages print there (Gloo, the network of
+    several processes on CPUs, says who is connected) goes to stderr, and does not stand between results.
+    """
+    former = sys.stdout
+    if not isinstance(former, io.TextIOWrapper) or former is not sys.__stdout__:  # a test's, say
+        return
+    with contextlib.suppress(OSError, ValueError):  # there is no file behind it
+        former.flush()
+        own = os.dup(former.fileno())
+        os.dup2(sys.stderr.fileno(), former.fileno())
+        sys.stdout = os.fdopen(own, "w", encoding=former.encoding, errors=former.errors)
+        sys.stdout.reconfigure(line_buffering=former.line_buffering, write_through=former.write_through)
 
 
 def by_the_first(work: Callable[[], object]) -> None:

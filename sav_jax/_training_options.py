@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sav_jax._options import Devices, optional
+from sav_jax._options import Devices, Place, optional
 
 
 def _preset(metavar: str) -> Any:
@@ -78,7 +78,7 @@ class Training:
     model: str
     """The base model: 'tiny' or 'tiny-qwen' (bundled), a directory in Hugging Face layout, or a hub id."""
 
-    data: Path
+    data: Place
     """Conversations in LLaVA's format (JSON list or JSON Lines of {"image", "conversations": [{"from": "human" or
     "gpt", "value": text}, ...]}), or labelled rows as for 'fit', whose answer is the label."""
 
@@ -86,7 +86,7 @@ class Training:
     """Folder for the run (log, checkpoints; a killed run goes on from the latest) and, at its end, 'model' (an ordinary
     checkpoint for every other command) and, if nothing but low-rank updates trained, 'adapter' (PEFT's format)."""
 
-    image_folder: Annotated[Path | None, optional("DIR", "the data file's folder")] = None
+    image_folder: Annotated[Place | None, optional("DIR", "the data file's folder")] = None
     """What relative image paths are relative to."""
 
     rank: Annotated[int | None, _preset("R")] = None
@@ -163,11 +163,11 @@ class Aim:
     output: Path
     """Folder for the run (log, checkpoints; a killed run goes on from the latest) and, at its end, 'projection'."""
 
-    data: Annotated[Path | None, optional("FILE", "drawn scenes, for bundled models")] = None
+    data: Annotated[Place | None, optional("FILE", "drawn scenes, for bundled models")] = None
     """Documents (JSON list or JSON Lines of {"segments": [{"image", "text", "question"?}, ...]}), or conversations in
     LLaVA's format or labelled rows, of which --pairs make a document."""
 
-    image_folder: Annotated[Path | None, optional("DIR", "the data file's folder")] = None
+    image_folder: Annotated[Place | None, optional("DIR", "the data file's folder")] = None
     """What relative image paths are relative to."""
 
     preset: Literal["default", "tiny", "debug"] = "default"
@@ -274,7 +274,7 @@ class Ask:
     json: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print JSON Lines: a row {"image", "description", "questions": [...]} for each image."""
 
-    output: Annotated[Path | None, optional("FILE", "none")] = None
+    output: Annotated[Place | None, optional("FILE", "none")] = None
     """Write these rows to a file instead of printing questions."""
 
     batch_size: int = 8

@@ -19,7 +19,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from sav_jax._files import write_folder
+from sav_jax._storage import AnyPath, Location, location, storage_errors
 from sav_jax.batching import plan_batches, round_tokens
 from sav_jax.errors import UserError
 from sav_jax.examples import IMAGE_MARK, VIRTUAL_MARK, Example, VirtualTokens
@@ -40,7 +40,7 @@ from sav_jax.models.decoder import read_at
 from sav_jax.models.fusion import Fusion, FusionConfig
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Processor, Prompt
-from sav_jax.sharding import data_size, put_batch
+from sav_jax.sharding import data_size, own_rows, put_own_rows
 
 TOKENS = ("text", "answer", "all")
 _VERSION = 1
@@ -104,7 +104,7 @@ class Aim:
         if lmm.fingerprint != self.model:
             raise UserError(f"the projection was trained for {self.name}, whose weights or settings {lmm.name} has not")
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: AnyPath) -> None:
         """Write ``aim.json`` and ``projection.safetensors``, complete or not at all."""
         settings = {
             "version": _VERSION,
@@ -116,7 +116,7 @@ class Aim:
         write_folder(directory, files | {_SETTINGS: (json.dumps(settings, indent=2) + "\n").encode()})
 
 
-def load_aim(directory: str | Path) -> Aim:
+def load_aim(directory: AnyPath) -> Aim:
     """Read what :meth:`Aim.save` or ``sav-jax train aim`` has written.
 
     Args:
@@ -125,9 +125,10 @@ def load_aim(directory: str | Path) -> Aim:
     Raises:
         UserError: files are missing or damaged, or of another version.
     """
-    folder = Path(directory)
-    if not (folder / _SETTINGS).is_file() and (folder / "projection" / _SETTINGS).is_file():
-        folder = folder / "projection"
+    folder = location(directory)
+    with storage_errors(directory):
+        if not (folder / _SETTINGS).is_file() and (folder / "projection" / _SETTINGS).is_file():
+            folder = folder / "projection"
     settings = _read_json(folder / _SETTINGS, "'sav-jax train aim' writes such folders")
     try:
         layout, config = Layout(**settings["layout"]), FusionConfig(**settings["projection"])
@@ -144,7 +145,7 @@ def load_aim(directory: str | Path) -> Aim:
     return Aim(layout, config, params, model, name)
 
 
-def _read_json(file: Path, hint: str) -> Any:
+def _read_json(file: Location, hint: str) -> Any:
     try:
         settings = json.loads(file.read_text())
     except FileNotFoundError:
@@ -156,9 +157,9 @@ def _read_json(file: Path, hint: str) -> Any:
     return settings
 
 
-def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+def _read_arrays(file: Location) -> dict[str, np.ndarray]:
     try:
-        return load_file(file)
+        return load(file.read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: unreadable ({error})") from None
 
@@ -363,7 +364,7 @@ class DemonstrationBank:
             table = np.zeros((plan.size, round_tokens(max(len(places[row]) for row in plan.rows))), np.int32)
             for i, row in enumerate(plan.rows):
                 table[i, : len(places[row])] = places[row]
-            return projection, put_batch(table, lmm.mesh)
+            return projection, put_own_rows(table[own_rows(lmm.mesh, plan.size)], lmm.mesh)
 
         step = _fuse_step(lmm.module, aim.config, aim.layout.layer)
         plans = plan_batches(prompts, self.batch_size, data_size(lmm.mesh))
@@ -377,19 +378,19 @@ class DemonstrationBank:
                 self._kept[keys[row]] = tokens
             self.passes += len(plan.rows)
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: AnyPath) -> None:
         """Write all of them, complete or not at all, to be read by :meth:`load`."""
         settings = {"version": _VERSION, "projection": self.aim.digest, "demonstrations": len(self)}
         files = {_VECTORS: save(self._kept), _BANK: (json.dumps(settings, indent=2) + "\n").encode()}
         write_folder(directory, files)
 
-    def load(self, directory: str | Path) -> None:
+    def load(self, directory: AnyPath) -> None:
         """Take in what was saved.
 
         Raises:
             UserError: files are missing or damaged, or were made by another projection or model.
         """
-        folder = Path(directory)
+        folder = location(directory)
         settings = _read_json(folder / _BANK, "a bank is written by DemonstrationBank.save")
         if settings.get("projection") != self.aim.digest:
             raise UserError(f"{folder}: the demonstrations were made by another projection or model")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 
 from sav_jax._files import write_folder
 from sav_jax._scoring import local_mesh, nearest_classes, score_heads
+from sav_jax._storage import AnyPath, location
 from sav_jax.errors import UserError
 
 Vote = Literal["majority", "confidence"]
@@ -199,7 +199,7 @@ class SparseAttentionVectors:
         nearest, confidence = self._classify(heads, mesh)
         return self._decide(nearest, confidence), self._count(nearest), self._share(nearest, confidence)
 
-    def save(self, directory: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
+    def save(self, directory: AnyPath, metadata: Mapping[str, Any] | None = None) -> None:
         """Write ``classifier.json`` (everything readable) and ``classifier.safetensors`` (centroids, scores).
 
         A new folder appears complete or not at all. Equal classifiers give equal bytes.
@@ -318,7 +318,7 @@ def choose_shots(labels: Sequence[str], shots: int, seed: int) -> list[int]:
     return sorted(chosen)
 
 
-def load_classifier(directory: str | os.PathLike[str]) -> SparseAttentionVectors:
+def load_classifier(directory: AnyPath) -> SparseAttentionVectors:
     """Load what :meth:`SparseAttentionVectors.save` wrote.
 
     Raises:
@@ -327,7 +327,7 @@ def load_classifier(directory: str | os.PathLike[str]) -> SparseAttentionVectors
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    folder = Path(directory)
+    folder = location(directory)
     path = folder / _JSON
     try:
         described = json.loads(path.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sav_jax._options import Devices, Running, optional
+from sav_jax._options import Devices, Place, Running, optional
 from sav_jax._training_options import Ask, Plan, Train
 from sav_jax.errors import UserError
 
@@ -27,12 +27,12 @@ class Fit:
     model: str
     """The frozen model: 'tiny' or 'tiny-qwen' (bundled), a directory in Hugging Face layout, or a hub id."""
 
-    train: Path
+    train: Place
     """Labelled examples: JSON Lines with rows {"image": path or list of paths, "question": text, "label": text} (and
     "video" for videos), a JSON list of such rows, or a folder with one sub-folder of pictures (or of videos) per class.
     About 20 examples per class are enough."""
 
-    output: Path
+    output: Place
     """Folder for the classifier: classifier.json, which can be read, and classifier.safetensors."""
 
     question: Annotated[str | None, optional("TEXT", "none")] = None
@@ -65,10 +65,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Predict:
-    classifier: Path
+    classifier: Place
     """Folder written by 'sav-jax fit'."""
 
-    data: Path
+    data: Place
     """What to classify: rows or a folder as for 'fit'; labels may be left out."""
 
     output: str
@@ -91,11 +91,11 @@ class Extract:
     model: str
     """The frozen model: 'tiny' or 'tiny-qwen' (bundled), a directory in Hugging Face layout, or a hub id."""
 
-    data: Path
+    data: Place
     """Examples: rows or a folder as for 'fit'; labels may be left out."""
 
-    output: str
-    """Folder (or gs:// path) for the array: 'heads' (Zarr v3, float32 [examples, layers, heads, head_dim]),
+    output: Place
+    """Folder for the array: 'heads' (Zarr v3, float32 [examples, layers, heads, head_dim]),
     'rows.jsonl' (id and label of each example) and 'meta.json'."""
 
     question: Annotated[str | None, optional("TEXT", "none")] = None
@@ -161,11 +161,11 @@ class Eval:
     allow_leak: tyro.conf.FlagCreatePairsOff[bool] = False
     """Go on when a query also stands among the labelled examples, same question and images; they are counted."""
 
-    train: Annotated[Path | None, optional("PATH", "none")] = None
+    train: Annotated[Place | None, optional("PATH", "none")] = None
     """A task of your own: labelled rows or a folder as for 'fit', from which --shots examples per class are drawn. It
     is called 'files'; the other rows are its queries unless --test is given."""
 
-    test: Annotated[Path | None, optional("PATH", "none")] = None
+    test: Annotated[Place | None, optional("PATH", "none")] = None
     """The labelled queries of the task 'files'."""
 
     question: Annotated[str | None, optional("TEXT", "none")] = None
@@ -180,7 +180,7 @@ class Eval:
     aim: Annotated[str | None, optional("DIR", "none")] = None
     """Projection of the methods 'aim' and 'aim-likelihood': the folder of a 'sav-jax train aim' run."""
 
-    output_path: Path = Path("results")
+    output_path: Place = Path("results")
     """Folder for results.json (in the shape of lmms-eval's), samples_TASK.jsonl, heads_TASK.png and images/."""
 
     log_samples: bool = True
@@ -202,7 +202,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Compare:
-    folders: tyro.conf.Positional[Annotated[tuple[Path, ...], _RESULTS]]
+    folders: tyro.conf.Positional[Annotated[tuple[Place, ...], _RESULTS]]
     """Results folders of 'sav-jax eval'. Two: each method with itself. One: all methods with --baseline."""
 
     baseline: Annotated[str | None, optional("METHOD", "none")] = None
@@ -211,16 +211,16 @@ class Compare:
     methods: Annotated[str | None, optional("A,B,...", "all")] = None
     """Compare only these, names separated by commas."""
 
-    output: Annotated[Path | None, optional("FILE", "none")] = None
+    output: Annotated[Place | None, optional("FILE", "none")] = None
     """Write the comparisons as JSON, too."""
 
 
 @dataclass(frozen=True)
 class Report:
-    folders: tyro.conf.Positional[Annotated[tuple[Path, ...], _RESULTS]]
+    folders: tyro.conf.Positional[Annotated[tuple[Place, ...], _RESULTS]]
     """Results folders of 'sav-jax eval'; several are shown side by side."""
 
-    output: Annotated[Path | None, optional("DIR", "'report' in the first folder")] = None
+    output: Annotated[Place | None, optional("DIR", "'report' in the first folder")] = None
     """Folder for report.html (one file that needs no other), and for report.md, report.tex, report.csv and figures."""
 
 

@@ -16,9 +16,9 @@ reported before any model runs. Every complaint is a :class:`~sav_jax.errors.Use
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -30,6 +30,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from sav_jax._storage import AnyPath, BucketPath, Location, file_finder, is_url, location
+from sav_jax.class_folders import is_video, media_of_folder
 from sav_jax.errors import UserError
 from sav_jax.jsonrows import json_kind, json_rows, misspelt
 from sav_jax.models.video import VideoShape
@@ -45,10 +47,6 @@ VIRTUAL_MARK = "<demonstration>"
 DEFAULT_FRAMES = 16
 """How many frames of a video are shown, unless said otherwise: as the SAVs release shows LLaVA-OneVision."""
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-"""Files of a class folder with one of these endings (in any case) are its pictures; all others are ignored."""
-
-_MEDIA = f"pictures ({', '.join(IMAGE_SUFFIXES)}) or videos ({', '.join(VIDEO_SUFFIXES)})"
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 turn the picture by a quarter, so width and height change places
 # Formats whose size Pillow states as stored, before the orientation is applied.
 _TURNED_WHEN_DECODED = ("JPEG", "MPO", "PNG", "WEBP")
@@ -94,7 +92,7 @@ class VirtualTokens:
     key: str
 
 
-AnyImage = Path | PIL.Image.Image | EncodedImage
+AnyImage = Path | BucketPath | PIL.Image.Image | EncodedImage
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ class Example:
 
     def __post_init__(self) -> None:
         # Whoever writes a path as a string means a path.
-        images = tuple(Path(item) if isinstance(item, str) else item for item in self.images)
+        images = tuple(location(item) if isinstance(item, str) else item for item in self.images)
         videos = tuple(Path(item) if isinstance(item, str) else item for item in self.videos)
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "videos", tuple(v if isinstance(v, Path | Video) else Video(v) for v in videos))
@@ -214,7 +212,7 @@ class Example:
                 if isinstance(image, Path):
                     with image.open("rb") as file:
                         digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-                elif isinstance(image, EncodedImage):
+                elif isinstance(image, EncodedImage | BucketPath):
                     digests.append(hashlib.sha256(image.read_bytes()).hexdigest())
                 else:
                     # What load_images gives: no palette or EXIF detail counts.
@@ -264,7 +262,7 @@ class Example:
     def _unreadable(self, item: AnyImage | Video, error: BaseException) -> UserError:
         where = f"{self.source}: " if self.source and self.source != str(item) else ""
         kind = "video" if item in self.videos else "image"
-        what = str(item) if isinstance(item, Path) else f"a{'n' * (kind == 'image')} {kind} in memory"
+        what = str(item) if isinstance(item, Path | BucketPath) else f"a{'n' * (kind == 'image')} {kind} in memory"
         if isinstance(error, FileNotFoundError):
             return UserError(f'{where}field "{kind}": {what} does not exist')
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -274,17 +272,18 @@ class Example:
 
 
 def read_examples(
-    path: str | os.PathLike[str],
+    path: AnyPath,
     question: str | None = None,
     *,
     require_labels: bool = False,
     frames: int = DEFAULT_FRAMES,
-    media_folder: str | os.PathLike[str] | None = None,
+    media_folder: AnyPath | None = None,
 ) -> list[Example]:
     """Read a JSON Lines file, a JSON list or a folder of class folders.
 
     Relative paths are relative to the file that names them. Rows come in file order; a folder's in the sorted
-    order of class names and of paths within a class. Hidden files are ignored.
+    order of class names and of paths within a class. Hidden files are ignored. Files and pictures may lie in a bucket
+    (``gs://bucket/name``), videos may not.
 
     Args:
       path: the file or folder. A folder with pictures or videos but no sub-folders is read as examples without labels.
@@ -300,20 +299,23 @@ def read_examples(
     Raises:
       UserError: naming file, line and field of the first problem, and how many more rows are bad.
     """
-    root = Path(path)
+    root = location(path)
     if question is not None and not question.strip():
         raise UserError("the question for rows without one (--question) is empty")
     if frames < 1:
         raise UserError(f"at least 1 frame of a video must be shown (--frames), not {frames}")
-    if root.is_dir():
-        return _read_folder(root, question, require_labels, frames)
-    base = root.parent if media_folder is None else Path(media_folder)
+    try:
+        if root.is_dir():
+            return _folder_examples(root, question, require_labels, frames)
+    except OSError as error:
+        raise UserError(f"{root}: cannot be read: {error.strerror}") from None
+    base, is_file = root.parent if media_folder is None else location(media_folder), file_finder()
     examples: list[Example] = []
     problems: list[str] = []
     number = 0
     for number, (source, row) in enumerate(json_rows(root), start=1):
         try:
-            examples.append(_example(base, source, number - 1, row, question, require_labels, frames))
+            examples.append(_example(base, source, number - 1, row, question, require_labels, frames, is_file))
         except UserError as problem:
             problems.append(str(problem))
     if problems:
@@ -328,7 +330,14 @@ def read_examples(
 
 
 def _example(
-    folder: Path, source: str, number: int, row: Any, question: str | None, require_labels: bool, frames: int
+    folder: Location,
+    source: str,
+    number: int,
+    row: Any,
+    question: str | None,
+    require_labels: bool,
+    frames: int,
+    is_file: Callable[[Location], bool],
 ) -> Example:
     """Check one parsed row and make it an Example; raise UserError naming file, line and field."""
     if isinstance(row, UserError):
@@ -362,7 +371,7 @@ def _example(
     elif isinstance(name, bool) or not isinstance(name, str | int):
         raise bad("id", f"must be a string or an integer, not {json_kind(name)}")
 
-    paths: dict[str, list[Path]] = {"image": [], "video": []}
+    paths: dict[str, list[Any]] = {"image": [], "video": []}
     for field in paths:
         if wrong := misspelt(row, (field,)):
             raise bad(wrong[0], f'is not known; "{field}" takes a path or a list of paths')
@@ -374,11 +383,14 @@ def _example(
                 raise bad(field, f"must be a path or a list of paths, not {json_kind(item)}")
             if not item.strip():
                 raise bad(field, "holds an empty path")
-            if problem := path_problem(folder, item):
+            if problem := path_problem(folder, item, is_file):
                 raise bad(field, problem)
             # The SAVs release names videos in "image", too.
             kind = "video" if item.lower().endswith(VIDEO_SUFFIXES) else field
-            paths[kind].append(folder / item)
+            place = place_of(folder, item)
+            if kind == "video" and isinstance(place, BucketPath):
+                raise bad(field, f"names {item!r}: a video must lie on a local disk (a bucket may be mounted: gcsfuse)")
+            paths[kind].append(place)
     return Example(
         question=asked,
         images=tuple(paths["image"]),
@@ -390,16 +402,26 @@ def _example(
     )
 
 
-def path_problem(root: Path, item: str) -> str | None:
+def place_of(root: Location, item: str) -> Location:
+    """Where a row's path leads, which is relative to ``root`` or absolute."""
+    return location(item) if is_url(item) else Path(item) if item.startswith("/") else root / item
+
+
+def path_problem(
+    root: Location, item: str, is_file: Callable[[Location], bool] = lambda path: path.is_file()
+) -> str | None:
     """What is wrong with a row's path of a file, relative to ``root``; None if it is there."""
     shown = repr(item if len(item) <= 200 else item[:200] + "...")
-    if "\0" in item or "://" in item or item.startswith("data:"):
-        return f"must be the path of a local file, not {shown}"
+    if "\0" in item or item.startswith("data:") or ("://" in item and not item.startswith("gs://")):
+        return f"must be the path of a local file, or gs://bucket/name, not {shown}"
     try:
-        if (root / item).is_file():
+        place = place_of(root, item)
+        if is_file(place):
             return None
-        exists = (root / item).exists()
-    except OSError:  # a name too long for the file system: pixels in base64, perhaps
+        exists = place.exists()
+    except OSError as error:  # a name too long for the file system: pixels in base64, perhaps
+        if error.errno == errno.EIO:
+            return f"names {shown}, which cannot be read: {error.strerror}"
         exists = False
     return f"names {shown}, which {'is not a file' if exists else 'does not exist'} (looked for from {root})"
 
@@ -407,66 +429,21 @@ def path_problem(root: Path, item: str) -> str | None:
 # Folders
 
 
-def _read_folder(root: Path, question: str | None, require_labels: bool, frames: int) -> list[Example]:
+def _folder_examples(root: Location, question: str | None, require_labels: bool, frames: int) -> list[Example]:
     if question is None:
         raise UserError(f"{root}: is a folder of pictures; --question must say what to ask about each of them")
-    try:
-        entries = sorted(entry for entry in root.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{root}: cannot be read: {error.strerror}") from None
-    classes = [entry for entry in entries if entry.is_dir()]
-    loose = [entry for entry in entries if _is_media(entry)]
-    if classes and loose:
-        raise UserError(
-            f"{root}: holds {_media_name(loose)} ({loose[0].name}, ...) beside class folders ({classes[0].name}, ...)"
-        )
-    if not classes and not loose:
-        raise UserError(f"{root}: holds neither class folders nor {_MEDIA}")
-    if not classes and require_labels:
-        raise UserError(
-            f"{root}: holds no class folders; one sub-folder per class is expected, its name being the label"
-        )
-    found: list[tuple[Path, str | None]] = [(path, None) for path in loose]
-    found += [(path, folder.name) for folder in classes for path in _media_of(folder)]
-    videos = [path for path, _ in found if _is_video(path)]
-    pictures = [path for path, _ in found if not _is_video(path)]
-    if videos and pictures:
-        raise UserError(f"{root}: holds pictures ({pictures[0]}, ...) and videos ({videos[0]}, ...); use one kind only")
     return [
         Example(
             question,
-            () if videos else (path,),
+            () if is_video(path) else (path,),
             label,
             id=path.relative_to(root).as_posix(),
             source=str(path),
-            videos=(path,) if videos else (),
+            videos=(path,) if is_video(path) else (),
             frames=frames,
         )
-        for path, label in found
+        for path, label in media_of_folder(root, require_labels)
     ]
-
-
-def _media_of(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    found = sorted(path for path in found if _is_media(path))
-    if not found:
-        raise UserError(f"{folder}: class folder without {_MEDIA}")
-    return found
-
-
-def _is_media(path: Path) -> bool:
-    return (path.suffix.lower() in IMAGE_SUFFIXES or _is_video(path)) and path.is_file()
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-def _media_name(paths: list[Path]) -> str:
-    return "videos" if all(map(_is_video, paths)) else "pictures"
 
 
 # Pictures
@@ -480,11 +457,11 @@ def _pixel_digest(rgb: PIL.Image.Image) -> str:
     return hashlib.sha256(f"RGB {rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
 
 
-def _open(image: Path | EncodedImage) -> PIL.Image.Image:
+def _open(image: Location | EncodedImage) -> PIL.Image.Image:
     return PIL.Image.open(image if isinstance(image, Path) else io.BytesIO(image.read_bytes()))
 
 
-def _upright_size(image: PIL.Image.Image, path: Path | EncodedImage | None) -> tuple[int, int]:
+def _upright_size(image: PIL.Image.Image, path: Location | EncodedImage | None) -> tuple[int, int]:
     if image.format == "PNG" and path is not None:
         content = path.read_bytes()
         oriented = any(keyword in content for keyword in _PNG_EXIF_KEYWORDS)

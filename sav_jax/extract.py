@@ -349,6 +349,9 @@ def run_batches(
     def host_batch(number: int, own: BatchPlan, decoded: Mapping[int, Future[np.ndarray]]) -> tuple[Batch, list[Any]]:
         pixels = {row: value.result() for row, value in decoded.items()}
         virtual = [examples[row].virtual_tokens() for row in own.rows]
+        if own.bucket.virtual:  # if none of these rows has any, those of another process do
+            none = np.zeros((0, lmm.config.text.hidden_size), np.float32)
+            virtual = [none if tokens is None else tokens for tokens in virtual]
         if pool is None:
             return assemble(own, prompts, [pixels[row] for row in own.rows], virtual), []
         return assemble(own, pool.prompts(number), None, virtual), pool.host(number, pixels)

@@ -7,7 +7,6 @@ Axes: N examples, L layers, H heads, D head width. Everything is float32, little
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -24,6 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sav_jax._files import check_output_folder
+from sav_jax._storage import (
+    AnyPath,
+    BucketPath,
+    Location,
+    context,
+    kvstore_spec,
+    location,
+    open_kvstore,
+    storage_errors,
+)
 from sav_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,8 +56,11 @@ def default_cache_dir() -> str:
     Returns:
       ``$SAV_JAX_CACHE`` (may be a ``gs://`` path), else ``$XDG_CACHE_HOME/sav_jax``, else ``~/.cache/sav_jax``.
     """
-    if chosen := os.environ.get("SAV_JAX_CACHE"):
-        return chosen
+    return os.environ.get("SAV_JAX_CACHE") or local_cache_dir()
+
+
+def local_cache_dir() -> str:
+    """Where on the local disk: ``$XDG_CACHE_HOME/sav_jax``, else ``~/.cache/sav_jax``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a relative path in the variable is invalid and is to be ignored.
     return str(Path(base if os.path.isabs(base) else Path.home() / ".cache") / "sav_jax")
@@ -71,7 +83,7 @@ class HeadStore:
     _store: ts.KvStore
 
     @classmethod
-    def open(cls, path: str | Path) -> HeadStore:
+    def open(cls, path: AnyPath) -> HeadStore:
         """Open the store at ``path``, creating the folder if there is none.
 
         Args:
@@ -81,7 +93,7 @@ class HeadStore:
           UserError: ``path`` cannot be used: a file, not permitted, or an unknown kind of URL.
         """
         _make_folder(path)
-        return cls(str(path), _open_kvstore(path))
+        return cls(str(path), open_kvstore(path))
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """Indices into ``keys`` of those that are not stored, in order.
@@ -94,7 +106,7 @@ class HeadStore:
             return []
         names = [_object_name(key) for key in keys]
         span = ts.KvStore.KeyRange(inclusive_min=min(names), exclusive_max=max(names) + "\0")
-        with _storage_errors(self.path):
+        with storage_errors(self.path):
             stored = {name.decode() for name in self._store.list(span).result()}
         return [index for index, name in enumerate(names) if name not in stored]
 
@@ -117,7 +129,7 @@ class HeadStore:
         if not keys:
             return
         objects = {_object_name(key): _encode(key, value) for key, value in zip(keys, heads, strict=True)}
-        with _storage_errors(self.path):
+        with storage_errors(self.path):
             # The generation of an object that does not exist: writing on condition of it creates and never replaces.
             absent = self._store.read("absent").result().stamp.generation
             for write in [self._store.write(name, data, if_equal=absent) for name, data in objects.items()]:
@@ -181,7 +193,7 @@ class HeadStore:
         for start in range(0, len(keys), _READS_IN_FLIGHT):
             window = keys[start : start + _READS_IN_FLIGHT]
             names = [_object_name(key) for key in window]
-            with _storage_errors(self.path):
+            with storage_errors(self.path):
                 results = [read.result() for read in [self._store.read(name) for name in names]]
             for key, result in zip(window, results, strict=True):
                 yield key, result.value if result.state == "value" else None
@@ -191,7 +203,7 @@ class HeadStore:
 
 
 def write_head_array(
-    path: str | Path, heads: np.ndarray, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any] | None = None
+    path: AnyPath, heads: np.ndarray, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any] | None = None
 ) -> None:
     """Write the head vectors of a data set as one Zarr v3 array, which any Zarr reader opens.
 
@@ -214,17 +226,18 @@ def write_head_array(
         raise ValueError(f"expected float32 heads of shape [{len(rows)}, L, H, D], got {heads.dtype} {heads.shape}")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     facts = json.dumps({**(meta or {}), **_HEAD_ARRAY, "shape": heads.shape}, ensure_ascii=False, indent=2) + "\n"
-    if _is_url(path):
-        _write_parts(path, heads, lines, facts)
+    check_head_array_path(path)
+    where = location(path)
+    if isinstance(where, BucketPath):
+        _write_parts(where, heads, lines, facts)
         return
 
-    check_head_array_path(path)
-    target = Path(path).expanduser().absolute()
+    target = where.expanduser().absolute()
     _make_folder(target.parent)
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         _write_parts(staging, heads, lines, facts)
-        with _storage_errors(path):
+        with storage_errors(path):
             if target.exists():
                 # A folder cannot be renamed onto a full one, so the earlier one steps aside.
                 earlier = target.rename(staging.with_suffix(".old"))
@@ -236,21 +249,21 @@ def write_head_array(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_head_array_path(path: str | Path) -> None:
+def check_head_array_path(path: AnyPath) -> None:
     """Refuse, before any features are computed, a ``path`` that `write_head_array` would refuse.
 
     Raises:
       UserError: ``path`` holds something other than a head array, or cannot be written.
     """
-    if _kvstore_spec(path)["driver"] != "file":
-        return
-    target = Path(path).expanduser()
-    if target.exists() and not _is_replaceable(target):
-        raise UserError(f"{path}: exists and is not a head array; choose another folder")
+    target = location(path)
+    target = target.expanduser() if isinstance(target, Path) else target
+    with storage_errors(path):
+        if target.exists() and not _is_replaceable(target):
+            raise UserError(f"{path}: exists and is not a head array; choose another folder")
     check_output_folder(target)
 
 
-def read_head_array(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]:
+def read_head_array(path: AnyPath) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]:
     """Read what `write_head_array` wrote.
 
     Returns:
@@ -261,10 +274,11 @@ def read_head_array(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]],
     """
     import tensorstore as ts
 
-    if not _is_url(path) and not Path(path).is_dir():
+    where = location(path)
+    if isinstance(where, Path) and not where.is_dir():
         raise UserError(f"{path}: no such folder")
-    store = _open_kvstore(path)
-    with _storage_errors(path):
+    store = open_kvstore(path)
+    with storage_errors(path):
         meta_read, rows_read = (store.read(name) for name in ("meta.json", "rows.jsonl"))
         meta_bytes, rows_bytes = meta_read.result().value, rows_read.result().value
     try:
@@ -276,12 +290,12 @@ def read_head_array(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]],
     if not whole:
         raise UserError(f"{path}: not a complete head array (as `sav-jax extract` writes)")
     # By default a chunk that is not there would read as zeros.
-    spec = {"driver": "zarr3", "kvstore": _kvstore_spec(path, "heads/"), "fill_missing_data_reads": False}
-    with _storage_errors(path):
-        return ts.open(spec, open=True, read=True).result().read().result(), rows, meta
+    spec = {"driver": "zarr3", "kvstore": kvstore_spec(path, "heads/"), "fill_missing_data_reads": False}
+    with storage_errors(path):
+        return ts.open(spec, open=True, read=True, context=context()).result().read().result(), rows, meta
 
 
-def _write_parts(path: str | Path, heads: np.ndarray, rows: str, meta: str) -> None:
+def _write_parts(path: Location, heads: np.ndarray, rows: str, meta: str) -> None:
     """Write the three parts of a head array, what makes it valid last."""
     import tensorstore as ts
 
@@ -289,7 +303,7 @@ def _write_parts(path: str | Path, heads: np.ndarray, rows: str, meta: str) -> N
     chunk = (max(1, _CHUNK_BYTES // bytes_per_example), *heads.shape[1:])
     spec = {
         "driver": "zarr3",
-        "kvstore": _kvstore_spec(path, "heads/"),
+        "kvstore": kvstore_spec(path, "heads/"),
         "metadata": {
             "shape": heads.shape,
             "data_type": "float32",
@@ -300,10 +314,10 @@ def _write_parts(path: str | Path, heads: np.ndarray, rows: str, meta: str) -> N
         # By default a chunk of zeros would not be written, and could not be told from one that was lost.
         "store_data_equal_to_fill_value": True,
     }
-    store = _open_kvstore(path)
-    with _storage_errors(path):
+    store = open_kvstore(path)
+    with storage_errors(path):
         store.write("meta.json", None).result()
-        ts.open(spec, create=True, delete_existing=True).result().write(heads).result()
+        ts.open(spec, create=True, delete_existing=True, context=context()).result().write(heads).result()
         store.write("rows.jsonl", rows).result()
         store.write("meta.json", meta).result()
 
@@ -312,56 +326,25 @@ def _is_head_array(meta: Any) -> bool:
     return isinstance(meta, dict) and {**meta, **_HEAD_ARRAY} == meta
 
 
-def _is_replaceable(target: Path) -> bool:
-    """Whether nothing but an earlier head array would be lost: ``target`` is one, or an empty folder."""
+def _is_replaceable(target: Location) -> bool:
+    """Whether nothing but an earlier head array would be lost: ``target`` is one, or an empty folder, or in a bucket
+    what a killed writer has left.
+    """
     try:
+        if isinstance(target, BucketPath) and {part.name for part in target.iterdir()} <= {"heads", "rows.jsonl"}:
+            return not target.is_file()
         return not any(target.iterdir()) or _is_head_array(json.loads((target / "meta.json").read_bytes()))
     except (OSError, ValueError):
         return False
 
 
-def _is_url(path: str | Path) -> bool:
-    # pathlib folds the slashes of Path("gs://bucket"); whoever passes one means the same.
-    return re.match(r"[a-z0-9]+:/", str(path)) is not None
-
-
-def _kvstore_spec(path: str | Path, folder: str = "") -> dict[str, Any]:
-    """TensorStore's description of ``path/folder``: a local folder (made absolute) or a Google Cloud Storage prefix."""
-    if not _is_url(path):
-        return {"driver": "file", "path": f"{Path(path).expanduser().absolute()}/{folder}"}
-    match = re.fullmatch(r"gs://?([^/]+)(?:/(.*))?", str(path))
-    if match is None:
-        raise UserError(f"{path}: not a path that features can be stored at; use a local folder or gs://bucket/folder")
-    prefix = (match[2] or "").strip("/")
-    return {"driver": "gcs", "bucket": match[1], "path": f"{prefix}/{folder}" if prefix else folder}
-
-
-def _open_kvstore(path: str | Path) -> ts.KvStore:
-    import tensorstore as ts
-
-    spec = _kvstore_spec(path)
-    with _storage_errors(path):
-        return ts.KvStore.open(spec).result()
-
-
-def _make_folder(path: str | Path) -> None:
+def _make_folder(path: AnyPath) -> None:
     """Make a local folder, or say at once, not after an hour of computing, why nothing can be written there."""
-    if _is_url(path):
-        return
-    folder = check_output_folder(Path(path).expanduser())
-    with _storage_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def _storage_errors(path: str | Path) -> Iterator[None]:
-    """What TensorStore or the file system refuses is the user's to mend: one line naming the path."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError) as error:
-        # TensorStore appends its own spec and source locations in brackets.
-        reason = re.sub(r" \[(os_error_code|tensorstore_spec|source locations)=.*", "", str(error), flags=re.DOTALL)
-        raise UserError(f"{path}: {' '.join(reason.split())}") from error
+    where = location(path)
+    if isinstance(where, Path):
+        check_output_folder(where.expanduser())
+        with storage_errors(path):
+            where.expanduser().mkdir(parents=True, exist_ok=True)
 
 
 def _object_name(key: str) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from sav_jax._storage import Location
 from sav_jax.errors import UserError
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Location) -> Iterator[tuple[str, Any]]:
     """Yield (where it stands, parsed value or the UserError of that line) of a JSON Lines file or a JSON list.
 
     Where is ``file:line``, counted from 1. Items of a list that share a line are told apart by their number in the
@@ -44,7 +44,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 )
 
 
-def _json_list(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+def _json_list(path: Location, text: str) -> Iterator[tuple[str, Any]]:
     """Decode the list's items one by one, to know the line on which each begins."""
     decoder = json.JSONDecoder()
     position = _skip_space(text, text.index("[") + 1)

@@ -7,15 +7,18 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 
 from sav_jax import adapters
+from sav_jax._storage import local
 from sav_jax.errors import UserError
 from sav_jax.models import lora
 from sav_jax.models.multimodal import MultimodalModel, init_params
@@ -129,10 +132,12 @@ class LMM:
         Args:
             seed: of the random weights.
         """
+        # The key as numbers: several processes cannot share one that lives on a device of each.
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         return dataclasses.replace(
             self,
             name=f"{self.name} (random weights, seed {seed})",
-            params=_random_params(self.module, self.dtype)(jax.random.key(seed)),
+            params=_random_params(self.module, self.dtype, self.mesh)(key),
             fingerprint=hashlib.sha256(f"{self.fingerprint} random {seed}".encode()).hexdigest(),
         )
 
@@ -203,9 +208,18 @@ def usual_mesh(path: str | Path, dtype: Any = None) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _random_params(module: MultimodalModel, dtype: Any) -> Callable[[jax.Array], Any]:
-    """Compiled once, whatever the number of seeds."""
-    return jax.jit(lambda key: jax.tree.map(lambda p: p.astype(dtype), init_params(module, key)))
+def _random_params(module: MultimodalModel, dtype: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """``key data -> params``, laid out as loaded ones are; compiled once, whatever the number of seeds."""
+
+    def make(key: jax.Array) -> Any:
+        return jax.tree.map(lambda p: p.astype(dtype), init_params(module, jax.random.wrap_key_data(key)))
+
+    if mesh is None:
+        return jax.jit(make)
+    of = parameter_sharding(mesh)
+    shapes = traverse_util.flatten_dict(jax.eval_shape(make, jax.random.key_data(jax.random.key(0))), sep="/")
+    shardings = {path: of(path, leaf.shape) for path, leaf in shapes.items()}
+    return jax.jit(make, out_shardings=traverse_util.unflatten_dict(shardings, sep="/"))
 
 
 def _stop_token_ids(directory: Path, config: Mapping[str, Any], processor: Processor) -> tuple[int, ...]:
@@ -251,7 +265,7 @@ def local_model(path: str | Path) -> Path | None:
     """
     if str(path) in BUNDLED and not Path(path).is_dir():
         return BUNDLED[str(path)]
-    directory = Path(path).expanduser()
+    directory = local(path, "a model").expanduser()
     if directory.is_dir():
         return directory
     parts = str(path).split("/")

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from sav_jax._processes import gathered
 from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_tokens
 from sav_jax.examples import Example
 from sav_jax.extract import plan_prompts
@@ -35,7 +36,7 @@ from sav_jax.lmm import LMM
 from sav_jax.models.batch import Batch
 from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
-from sav_jax.sharding import data_size, put_batch
+from sav_jax.sharding import data_size, own_rows, put_own_rows
 
 _MASKS_AT_ONCE = 8  # caches that are in memory together
 _SPREAD = 1e-3  # added to the standard deviation of losses
@@ -199,25 +200,33 @@ class _Evaluation:
         )
 
     def batches(self, parts: Iterable[np.ndarray]) -> Iterator[tuple[tuple[int, ...], Batch, np.ndarray]]:
-        """Rows, their prompts without the last token, and the last tokens; prepared by a thread while others run."""
+        """Rows, and of those of them that this process's devices hold the prompts without the last token, and the last
+        tokens; prepared by a thread while others run.
+        """
 
         def prepare(part: np.ndarray) -> tuple[tuple[int, ...], Batch, np.ndarray]:
             rows = tuple(int(row) for row in part)
-            chosen = [self.examples[row] for row in rows]
-            pixels = [self.lmm.processor.pixels(example.load_images(), example.load_videos()) for example in chosen]
-            return rows, *without_last(assemble(BatchPlan(self.bucket, rows, self.size), self.prompts, pixels))
+            own = self._own(rows)
+            chosen = {row: self.examples[row] for row in own}
+            pixels = {r: self.lmm.processor.pixels(one.load_images(), one.load_videos()) for r, one in chosen.items()}
+            plan = BatchPlan(self.bucket, own, len(own))
+            return rows, *without_last(assemble(plan, self.prompts, [pixels[row] for row in own]))
 
         return _ahead(prepare, parts)
 
     def __call__(self, batch: tuple[tuple[int, ...], Batch, np.ndarray], masks: np.ndarray) -> np.ndarray:
         """float64 [M, rows]."""
         rows, prompts, last = batch
-        padded = [*rows, *[rows[0]] * (self.size - len(rows))]
-        arrays = put_batch((prompts, last, self.answers[padded], self.lengths[padded]), self.lmm.mesh)
+        own = list(self._own(rows))
+        arrays = put_own_rows((prompts, last, self.answers[own], self.lengths[own]), self.lmm.mesh)
         with self.lmm.running():
             losses = _loss_step(self.lmm.module, self.stops)(self.lmm.params, *arrays, self.values, masks)
         self.passes += len(rows)
-        return np.asarray(losses, np.float64)[:, : len(rows)]
+        return gathered(losses).astype(np.float64)[:, : len(rows)]
+
+    def _own(self, rows: tuple[int, ...]) -> tuple[int, ...]:
+        """Those that this process's devices hold, of the rows filled up with copies of the first."""
+        return (*rows, *[rows[0]] * (self.size - len(rows)))[own_rows(self.lmm.mesh, self.size)]
 
 
 def without_last(batch: Batch) -> tuple[Batch, np.ndarray]:

@@ -6,6 +6,7 @@
 Scoring is done on random heads of a Qwen2-7B's shape (784 heads of width 128), reading with a small decoder of random
 weights. CPU time of the whole process, the least of a few runs: other programs on the machine matter little to it. Each
 size is given as a multiple of the smallest one, and so is what it cost; where cost is in proportion, both are equal.
+Padding is how much of the batches of a Qwen2-VL's images of any size is none of theirs: what packing could save.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-Section = Literal["examples", "classes", "heads", "tokens"]
-SECTIONS: tuple[Section, ...] = ("examples", "classes", "heads", "tokens")
+Section = Literal["examples", "classes", "heads", "tokens", "padding"]
+SECTIONS: tuple[Section, ...] = ("examples", "classes", "heads", "tokens", "padding")
 HEADS, WIDTH = 784, 128
 TEXT = {
     "model_type": "llava",
@@ -165,6 +166,29 @@ def measured(section: Section, arguments: Arguments) -> Curve:
     )
 
 
+def padding(images: int) -> tuple[float, float, int]:
+    """Shares of patches and tokens that are padding, and the number of programs, of so many images of random sizes (320
+    to 1,600 pixels along the longer side, usual proportions) in batches of eight, as a Qwen2-VL shows them.
+    """
+    from sav_jax.batching import plan_batches
+    from sav_jax.models.processor import Prompt
+    from sav_jax.models.qwen_plan import fitted_size
+
+    rng = np.random.default_rng(0)
+    prompts = []
+    for _ in range(images):
+        longer, ratio = rng.uniform(320, 1600), rng.choice([1, 4 / 3, 3 / 2, 16 / 9, rng.uniform(1, 2.2)])
+        size = (int(longer), int(longer / ratio)) if rng.random() < 0.4 else (int(longer / ratio), int(longer))
+        height, width = fitted_size(size, 28, 56 * 56, 28 * 28 * 1280)
+        patches = height * width // 14**2
+        blank = np.zeros((patches // 4 + int(rng.integers(20, 80)), 1), np.int32)
+        prompts.append(Prompt(blank[:, 0], patches, blank, blank))
+    plans = plan_batches(prompts, 8)
+    rows = sum(prompt.num_rows for prompt in prompts) / sum(plan.size * plan.bucket.rows for plan in plans)
+    tokens = sum(len(prompt.token_ids) for prompt in prompts) / sum(plan.size * plan.bucket.tokens for plan in plans)
+    return 1 - rows, 1 - tokens, len({(plan.bucket, plan.size) for plan in plans})
+
+
 def draw(curves: list[Curve], path: Path) -> None:
     """Cost against size, both as multiples of the smallest, with a line where they are in proportion."""
     import matplotlib
@@ -187,9 +211,19 @@ def draw(curves: list[Curve], path: Path) -> None:
 
 def main(arguments: Arguments) -> None:
     """Prints the table."""
+    sections = arguments.sections or SECTIONS
+    if "padding" in sections:
+        print("| images of random sizes | patches padded | tokens padded | programs |\n|---|---|---|---|")
+        for images in (64, 512, 4096):
+            patches, tokens, programs = padding(images)
+            print(f"| {images:,} | {patches:.1%} | {tokens:.1%} | {programs} |")
+        print()
+    growing = [section for section in sections if section != "padding"]
+    if not growing:
+        return
     print("| what grows | size | size, times | cost, times | cost per size |\n|---|---|---|---|---|")
     curves = []
-    for section in arguments.sections or SECTIONS:
+    for section in growing:
         curves.append(measured(section, arguments))
         print("\n".join(curves[-1].rows()), flush=True)
     print("\nOver the larger half of the sizes cost grows like size to the power of:")

@@ -1,17 +1,21 @@
 #!/usr/bin/env python
 """A table of how LLaVA-OneVision's sizes fit TPU slices, compiled and never run, as docs/pods.md shows it.
 
-    python scripts/plan_table.py 0.5B=ov-0.5b/config.json 7B=ov-7b/config.json 72B=ov-72b/config.json
+    python scripts/plan_table.py              # all of it
+    python scripts/plan_table.py 0.5B 7B      # the rows of these
 
-Takes the models' ``config.json`` (no weights) and libtpu (extra ``plan``). A prompt is an image in nine tiles with its
-base view and a question: 10 rows of pixels, 4,096 tokens at most. Some minutes a row: the largest batch is looked for.
+Needs libtpu (extra ``plan``) and nothing else: the sizes stand below. A prompt is an image in nine tiles with its base
+view and a question: 10 rows of pixels, 4,096 tokens at most. Some minutes a row: the largest batch is looked for.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 TOKENS, TILES = 4096, 10
 SLICES = (
@@ -26,7 +30,30 @@ SLICES = (
     ("72B", "v6e:4x4", "fsdp=16"),
 )
 GIB = 2**30
+TEXT_SIZES = {
+    # hidden, intermediate, layers, heads, key heads, vocabulary; tied embeddings
+    "0.5B": ((896, 4864, 24, 14, 2, 152_000), True),
+    "7B": ((3584, 18944, 28, 28, 4, 152_128), False),
+    "72B": ((8192, 29568, 80, 64, 8, 152_128), False),
+}
 _TIMES = ("products", "links", "compiler")
+
+
+def config(name: str) -> dict[str, Any]:
+    """The ``config.json`` of a size, as far as it matters here."""
+    sizes, tied = TEXT_SIZES[name]
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    text = {**dict(zip((*keys, "vocab_size"), sizes, strict=True)), "model_type": "qwen2", "rope_theta": 1e6}
+    vision = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "image_size": 384}
+    vision |= {"num_attention_heads": 16, "num_hidden_layers": 26, "patch_size": 14, "vision_use_head": False}
+    return {
+        "model_type": "llava_onevision",
+        "image_grid_pinpoints": [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+        "image_token_index": 151_646,
+        "vision_config": vision,
+        "text_config": {**text, "tie_word_embeddings": tied},
+        "tie_word_embeddings": tied,
+    }
 
 
 def row(name: str, config: Path, topology: str, mesh: str) -> str:
@@ -49,18 +76,18 @@ def row(name: str, config: Path, topology: str, mesh: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Prints the rows of the models that were given."""
-    configs = {name: Path(path) for name, _, path in (word.partition("=") for word in words)}
-    unknown = set(configs) - {name for name, _, _ in SLICES}
-    if unknown or not configs:
+    """Prints the rows of the models that were named."""
+    if set(words) - set(TEXT_SIZES):
         print(__doc__, file=sys.stderr)
         return 2
     titles = ["model", "slice", "mesh", "batch", "weights + temporaries, GiB", "largest batch"]
     print("| " + " | ".join([*titles, *(f"{kind}, ms" for kind in _TIMES)]) + " |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, topology, mesh in SLICES:
-        if name in configs:
-            print(row(name, configs[name], topology, mesh), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, topology, mesh in SLICES:
+            if name in (words or TEXT_SIZES):
+                (file := Path(folder) / "config.json").write_text(json.dumps(config(name)))
+                print(row(name, file, topology, mesh), flush=True)
     return 0
 
 

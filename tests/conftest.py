@@ -27,8 +27,9 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     MPLBACKEND="agg",
 )
-# Nearly every program of a test runs once: it is compiled in a quicker way (measured: about half of the CPU time). Less
-# optimisation would be quicker still, but rounds more than the bounds allow. XLA_FLAGS="" tests what users run.
+# Nearly every program of a test runs once: it is compiled in a quicker way (measured: about half of the CPU time). No
+# optimisation at all, as scripts/test.sh asks for, is quicker still, but rounds more than the tests that are marked
+# "rounding" allow. XLA_FLAGS="" tests what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # Two workers on two cores: PyTorch's second threads would only wait for each other (measured: a fifth of all CPU time).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +47,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from buckets import Buckets
     from checkpoints import Reference
 
     import sav_jax
@@ -92,6 +94,26 @@ def make_reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Re
 def reference(make_reference: Callable[..., Reference]) -> Reference:
     """The checkpoint most tests share."""
     return make_reference()
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[Buckets]:
+    """A Google Cloud Storage that lives as long as the tests of this process."""
+    from buckets import TOKEN, served
+
+    with served() as (buckets, address):
+        # TensorStore reads them once, when a bucket is first opened: in no test without this fixture.
+        os.environ.update(TENSORSTORE_GCS_HTTP_URL=address, GOOGLE_AUTH_TOKEN_FOR_TESTING=TOKEN)
+        yield buckets
+
+
+@pytest.fixture
+def buckets(bucket_server: Buckets) -> Iterator[Buckets]:
+    """A Google Cloud Storage with an empty bucket, "bucket", and "locked", in which nothing may be stored."""
+    bucket_server.objects.update(bucket={}, locked={})
+    bucket_server.read_only = {"locked"}
+    yield bucket_server
+    bucket_server.writes.clear()
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_image_marks_match_the_images(tmp_path: Path) -> None:
         ({"question": "What?", "image": "."}, "which is not a file"),
         (
             {"question": "What?", "image": "https://x.org/a.png"},
-            "must be the path of a local file, not 'https://x.org/a.png'",
+            "must be the path of a local file, or gs://bucket/name, not 'https://x.org/a.png'",
         ),
         ({"question": "What?", "image": "iVBORw0KGgo" * 999}, "...', which does not exist"),
         ({"question": "What?", "image": "a\0b"}, "must be the path of a local file"),

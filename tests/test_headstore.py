@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from sav_jax import headstore
+from sav_jax._storage import kvstore_spec
 from sav_jax.errors import UserError
 from sav_jax.headstore import (
     HeadStore,
@@ -216,7 +217,7 @@ def test_unusable_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         HeadStore.open(file)
     with pytest.raises(UserError, match=f"{file}/below: cannot be written: {file} is a file"):
         HeadStore.open(file / "below")
-    with pytest.raises(UserError, match="ftp://host/x: not a path that features can be stored at"):
+    with pytest.raises(UserError, match="ftp://host/x: not a path that is known here"):
         HeadStore.open("ftp://host/x")
     with pytest.raises(UserError, match="gs://: not a path"):
         HeadStore.open("gs://")
@@ -261,8 +262,8 @@ def test_what_the_storage_refuses_is_one_line_naming_the_path(tmp_path: Path) ->
 def test_paths_become_tensorstore_specs(path: str | Path, spec: dict[str, str]) -> None:
     import tensorstore as ts
 
-    assert headstore._kvstore_spec(path) == spec
-    assert headstore._kvstore_spec(path, "heads/") == {**spec, "path": spec["path"] + "heads/"}
+    assert kvstore_spec(path) == spec
+    assert kvstore_spec(path, "heads/") == {**spec, "path": spec["path"] + "heads/"}
     # TensorStore knows the driver and accepts the names (and leaves an empty path out).
     assert {"path": "", **ts.KvStore.Spec(spec).to_json()} == spec
 
@@ -302,6 +303,7 @@ def test_a_head_array_is_read_back_and_its_bytes_depend_on_nothing_else(
     assert objects(tmp_path / "b") == objects(tmp_path / "new" / "a")
 
 
+@pytest.mark.usefixtures("buckets")
 def test_a_head_array_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None:
     heads = values_of(2)
     write_head_array(tmp_path / "a", heads, rows_of(2))

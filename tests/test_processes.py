@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from buckets import Buckets
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -43,12 +44,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def two(folder: Path, *words: str) -> Iterator[list[subprocess.Popen[str]]]:
+def two(cache: str | Path, *words: str) -> Iterator[list[subprocess.Popen[str]]]:
     """Both processes of a command; none is left behind."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         where = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "SAV_JAX_CACHE": str(folder / "cache")}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "SAV_JAX_CACHE": str(cache)}
     command = [sys.executable, "-c", "from sav_jax.cli import main; import sys; sys.exit(main())", *words]
     command += ["--coordinator", where, "--num-processes", "2", "--process-id"]
     processes = [
@@ -64,43 +65,47 @@ def two(folder: Path, *words: str) -> Iterator[list[subprocess.Popen[str]]]:
                 process.communicate()
 
 
-def values(store: Path) -> list[Path]:
-    """Files of a store, without the locks of writers, dead ones among them."""
-    return [path for path in store.glob("*/*") if path.name.isalnum()]
-
-
-def test_killed_resumed_and_as_one_process(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_resumed_and_as_one_process(rows: Path, buckets: Buckets, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features and classifier of two processes in a bucket, of one on a disk."""
     fit = ["fit", "--model", "tiny", "--train", str(rows / "rows.jsonl"), "--num-heads", "5", "--batch-size", "8"]
-    words = [*fit, "--output", str(rows / "clf"), "--mesh", "data=2,fsdp=2,model=2"]
-    heads = rows / "cache" / "heads"
+    words = [*fit, "--output", "gs://bucket/clf", "--mesh", "data=2,fsdp=2,model=2"]
 
-    with two(rows, *words) as (first, second):
+    def stored() -> dict[str, tuple[bytes, int]]:
+        with buckets.lock:
+            return {name: of for name, of in buckets.objects["bucket"].items() if name.startswith("cache/heads/")}
+
+    with two("gs://bucket/cache", *words) as (first, second):
         until = time.monotonic() + 300
-        while time.monotonic() < until and first.poll() is None and len(values(heads)) < 16:
+        while time.monotonic() < until and first.poll() is None and len(stored()) < 16:
             time.sleep(0.02)
         second.send_signal(signal.SIGKILL)
         _, said = first.communicate(timeout=BOUND)
     assert first.returncode == 2, said
     assert "error: another process has ended, or cannot be reached" in said
-    assert not (rows / "clf").exists()
-    kept = {path: path.read_bytes() for path in values(heads)}
+    assert not buckets.contents("bucket", "clf")
+    kept = stored()
     assert 16 <= len(kept) < SHOWN * ASKED
 
-    with two(rows, *words) as processes:
+    with two("gs://bucket/cache", *words) as processes:
         outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "classifier written" in outputs[0][0]
+    assert "[Gloo]" not in outputs[0][0]  # results alone
+    assert "[Gloo]" in outputs[0][1]
     assert "classifier written" not in outputs[1][0]  # the first speaks for all
-    assert all(path.read_bytes() == content for path, content in kept.items())
+    found = stored()
+    assert kept.items() <= found.items()  # of the same generation: not even written again
+    written = [name for name in buckets.writes if name.startswith("bucket/clf/") and not name.endswith(".tmp")]
+    assert written == ["bucket/clf/classifier.safetensors", "bucket/clf/classifier.json"]  # once, by the first
 
     monkeypatch.setenv("SAV_JAX_CACHE", str(rows / "alone"))
     assert main([*fit, "--output", str(rows / "one")]) == 0
-    keys = [path.name for path in values(heads)]
+    keys = [name.rpartition("/")[2] for name in found]
     assert len(keys) == SHOWN * ASKED
-    together, alone = (HeadStore.open(rows / name / "heads").read(keys) for name in ("cache", "alone"))
+    together, alone = (HeadStore.open(f"{cache}/heads").read(keys) for cache in ("gs://bucket/cache", rows / "alone"))
     # Sums in another order: some 2^-24 for each of the few dozen sums one after the other, of values up to the largest.
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5 * np.abs(alone).max())
-    one, both = (sav_jax.load_classifier(rows / name) for name in ("one", "clf"))
+    one, both = (sav_jax.load_classifier(where) for where in (rows / "one", "gs://bucket/clf"))
     assert one.labels == both.labels
     assert one.heads == both.heads  # scores of heads that read the text alone are rounding: all classes are as near
     assert both.predict(together) == both.predict(alone)

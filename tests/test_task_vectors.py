@@ -15,6 +15,7 @@ from checkpoints import Reference, picture
 from scipy.special import log_softmax, logsumexp
 
 import sav_jax
+from sav_jax import task_vectors
 from sav_jax.batching import BatchPlan, Bucket, assemble
 from sav_jax.examples import Example
 from sav_jax.extract import plan_prompts
@@ -179,3 +180,19 @@ def test_fewer_examples_than_a_step_takes(lmm: sav_jax.LMM) -> None:
     recipe = dataclasses.replace(SMALL, examples=4, steps=1, validation=1)
     found = find_heads(lmm, EXAMPLES[:2], ANSWERS, TARGETS[:2], random_values(lmm), recipe, progress=False)
     assert found.passes == 2 + 1
+
+
+def test_each_process_reads_the_rows_of_its_own_devices(lmm: sav_jax.LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if two processes held two rows each, of three that are filled up to four."""
+
+    def parts(own: slice) -> list[Any]:
+        monkeypatch.setattr(task_vectors, "own_rows", lambda mesh, number: own)
+        evaluation = _Evaluation(lmm, EXAMPLES, ANSWERS, TARGETS, random_values(lmm), 4)
+        [(rows, prompts, last)] = evaluation.batches([np.array([1, 2, 4])])
+        assert rows == (1, 2, 4)
+        return jax.tree.leaves((prompts, last))
+
+    whole, first, second = (parts(slice(*ends)) for ends in ((0, 4), (0, 2), (2, 4)))
+    assert len(whole) == len(first) == len(second)
+    for all_rows, *halves in zip(whole, first, second, strict=True):
+        np.testing.assert_array_equal(np.concatenate(halves), all_rows)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sav_jax._files import check_output_folder, write_folder
 from sav_jax._processes import by_the_first
+from sav_jax._storage import Location, storage_errors
 from sav_jax.errors import UserError
 from sav_jax.eval.disagreements import disagreements
 from sav_jax.eval.features import Features, Reader, Universe
@@ -95,7 +96,7 @@ def evaluate(
     tasks: Sequence[Task],
     methods: Sequence[Method],
     plan: Plan,
-    output: Path,
+    output: Location,
     groups: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[Summary]:
     """Compare methods on tasks; print a table and write ``results.json``, ``samples_KEY.jsonl``, ``heads_KEY.png`` and
@@ -200,12 +201,14 @@ def evaluate(
     return summaries
 
 
-def _write(output: Path, files: Mapping[str, bytes]) -> None:
-    former = [*output.glob("samples_*.jsonl"), *output.glob("heads_*.png")] if output.is_dir() else []
+def _write(output: Location, files: Mapping[str, bytes]) -> None:
+    with storage_errors(output):
+        former = [*output.glob("samples_*.jsonl"), *output.glob("heads_*.png")] if output.is_dir() else []
     write_folder(output, files)
-    for file in former:  # of an earlier run, whose results.json is no more
-        if file.name not in files:
-            file.unlink(missing_ok=True)
+    with storage_errors(output):
+        for file in former:  # of an earlier run, whose results.json is no more
+            if file.name not in files:
+                file.unlink(missing_ok=True)
 
 
 def _model_facts(reader: Reader) -> dict[str, Any]:

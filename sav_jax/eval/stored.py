@@ -12,11 +12,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from sav_jax._storage import AnyPath, Location, location
 from sav_jax.errors import UserError
 from sav_jax.eval.metrics import Answers
 from sav_jax.eval.tasks.base import Item
@@ -141,20 +141,22 @@ class Results:
       runs: what was run, in the order of the file.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: AnyPath) -> None:
         """Read ``results.json``.
 
         Raises:
           UserError: if it is missing or damaged.
         """
-        self.folder = Path(folder)
+        self.folder = location(folder)
         self.file = self.folder / "results.json"
-        if not self.folder.is_dir():
-            raise UserError(f"{self.folder}: is no folder of results; 'sav-jax eval' writes one (--output-path)")
-        if not self.file.is_file():
-            raise UserError(f"{self.file}: does not exist; 'sav-jax eval' writes it")
         try:
+            if not self.folder.is_dir():
+                raise UserError(f"{self.folder}: is no folder of results; 'sav-jax eval' writes one (--output-path)")
+            if not self.file.is_file():
+                raise UserError(f"{self.file}: does not exist; 'sav-jax eval' writes it")
             content = json.loads(self.file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{self.file}: cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise UserError(f"{self.file}: is not JSON, perhaps cut short: {error}") from None
         if not isinstance(content, dict) or "sav_jax" not in content:
@@ -296,7 +298,7 @@ class Results:
             for name, of in rows.items()
         }
 
-    def _check_counts(self, file: Path, runs: list[Stored], counts: dict[tuple[str, int], int]) -> None:
+    def _check_counts(self, file: Location, runs: list[Stored], counts: dict[tuple[str, int], int]) -> None:
         """A file that was cut short at the end of a row looks whole: the splits say how many rows there must be."""
         for run in runs:
             for seed in run.seeds:

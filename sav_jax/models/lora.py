@@ -206,8 +206,8 @@ def merged(
     for path, target in assigned(module, targets).items():
         flat[f"{path}/kernel"] = _added(
             flat[f"{path}/kernel"],
-            jnp.asarray(weights[f"{path}/a"]),
-            jnp.asarray(weights[f"{path}/b"]),
+            weights[f"{path}/a"],
+            weights[f"{path}/b"],
             target.scale,
             kernels[path].layers is not None,
         )

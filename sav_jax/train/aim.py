@@ -27,6 +27,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sav_jax._processes import by_the_first
+from sav_jax._storage import BucketPath
 from sav_jax.aim import Aim, Layout, after_demonstrations, encoded, fused, plan_demonstration
 from sav_jax.batching import BatchPlan, Bucket, assemble, round_rows, round_tokens
 from sav_jax.errors import UserError
@@ -242,7 +243,11 @@ class AimData:
         self.layout = recipe.layout(form.answer_lead)
         self._planned = functools.lru_cache(maxsize=1 << 16)(self._plan)
         settings = recipe.optimization
-        most = max(recipe.shots)
+        most, longest = max(recipe.shots), max(map(len, documents))
+        if most >= longest:
+            raise UserError(
+                f"{most} demonstrations are asked for (--shots); no document has more than {longest - 1} before a query"
+            )
         sizes = [self._size(row, most) for row in range(len(documents))]
         self.plans = []
         for step, plan in enumerate(plan_steps(sizes, settings.batch_size, settings.steps, settings.seed)):
@@ -344,7 +349,7 @@ def digest(documents: Sequence[Document]) -> str:
     whole = hashlib.sha256()
     for document in documents:
         for pair in document:
-            paths = [str(image) for image in pair.images if isinstance(image, Path)]
+            paths = [str(image) for image in pair.images if isinstance(image, Path | BucketPath)]
             shown = paths if len(paths) == len(pair.images) else pair.image_digests()
             whole.update(repr((pair.question, pair.label, shown)).encode())
         whole.update(b"|")

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sav_jax._storage import AnyPath, Location, file_finder, location, storage_errors
 from sav_jax.errors import UserError
-from sav_jax.examples import IMAGE_MARK, Example, path_problem, read_examples
+from sav_jax.examples import IMAGE_MARK, Example, path_problem, place_of, read_examples
 from sav_jax.jsonrows import json_kind, json_rows, misspelt
 from sav_jax.models.processor import Processor, Prompt
 
@@ -54,7 +54,7 @@ class Chat:
         return bool(self.media.images or self.media.videos)
 
 
-def read_chats(path: str | Path, image_folder: str | Path | None = None) -> list[Chat]:
+def read_chats(path: AnyPath, image_folder: AnyPath | None = None) -> list[Chat]:
     """Read a file of conversations or of labelled examples.
 
     Args:
@@ -64,16 +64,18 @@ def read_chats(path: str | Path, image_folder: str | Path | None = None) -> list
     Raises:
         UserError: naming file, line and field of the first problem, and how many more rows are bad.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; a file of conversations or labelled rows is expected")
+    path = location(path)
+    with storage_errors(path):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; a file of conversations or labelled rows is expected")
     first = next((row for _, row in json_rows(path)), None)
     if not isinstance(first, dict) or not ("conversations" in first or misspelt(first, ("conversations",))):
         return [chat_of(example) for example in read_examples(path, require_labels=True, media_folder=image_folder)]
+    folder, is_file = location(image_folder or path.parent), file_finder()
     chats, problems = [], []
     for number, (source, row) in enumerate(json_rows(path)):
         try:
-            chats.append(_chat(source, number, row, Path(image_folder or path.parent)))
+            chats.append(_chat(source, number, row, folder, is_file))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -90,7 +92,7 @@ def chat_of(example: Example, answer: str | None = None) -> Chat:
     return Chat((Turn("user", example.question), Turn("assistant", answer)), example)
 
 
-def _chat(source: str, number: int, row: Any, folder: Path) -> Chat:
+def _chat(source: str, number: int, row: Any, folder: Location, is_file: Callable[[Location], bool]) -> Chat:
     if isinstance(row, UserError):
         raise row
     if not isinstance(row, dict):
@@ -130,7 +132,7 @@ def _chat(source: str, number: int, row: Any, folder: Path) -> Chat:
     for item in images:
         if not isinstance(item, str):
             raise UserError(f'{source}: field "image" must be a path or a list of paths, not {json_kind(item)}')
-        if problem := path_problem(folder, item):
+        if problem := path_problem(folder, item, is_file):
             raise UserError(f'{source}: field "image" {problem}')
     marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
     if marks not in (0, len(images)):
@@ -139,7 +141,7 @@ def _chat(source: str, number: int, row: Any, folder: Path) -> Chat:
             f'image{"s"[: len(images) != 1]} in field "image"'
         )
     name = str(row.get("id", number))
-    media = Example("-", tuple(folder / item for item in images), id=name, source=source)
+    media = Example("-", tuple(place_of(folder, item) for item in images), id=name, source=source)
     return Chat(tuple(turns), media)
 
 

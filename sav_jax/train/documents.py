@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sav_jax._storage import AnyPath, Location, file_finder, location, storage_errors
 from sav_jax.errors import UserError
-from sav_jax.examples import IMAGE_MARK, Example, path_problem
+from sav_jax.examples import IMAGE_MARK, Example, path_problem, place_of
 from sav_jax.jsonrows import json_kind, json_rows, misspelt
 from sav_jax.train.aim import Document
 from sav_jax.train.chats import read_chats
@@ -27,9 +27,7 @@ _ORDER = 29  # distinguishes the draws of rows that share a document
 _SEEDS = 40 * 10**9  # first seed of drawn documents, beyond all other drawings of this project
 
 
-def read_documents(
-    path: str | Path, image_folder: str | Path | None = None, pairs: int = 9, seed: int = 0
-) -> list[Document]:
+def read_documents(path: AnyPath, image_folder: AnyPath | None = None, pairs: int = 9, seed: int = 0) -> list[Document]:
     """Read a file of documents, or put the rows of one together.
 
     Args:
@@ -41,17 +39,19 @@ def read_documents(
     Raises:
         UserError: naming file, line and field of the first problem, and how many more rows are bad.
     """
-    path = Path(path)
-    first = None if path.is_dir() else next(iter(json_rows(path)), None)
+    path = location(path)
+    with storage_errors(path):
+        first = None if path.is_dir() else next(iter(json_rows(path)), None)
     if first is None or not (isinstance(first[1], dict) and "segments" in first[1]):
         rows = [_pair_of(chat.turns[0].text, chat.turns[1].text, chat.media) for chat in read_chats(path, image_folder)]
         if len(rows) < pairs:
             raise UserError(f"{path}: {len(rows)} rows do not fill a document of {pairs} pairs")
         return grouped(rows, pairs, seed)
+    folder, is_file = location(image_folder or path.parent), file_finder()
     documents, problems = [], []
     for source, row in json_rows(path):
         try:
-            documents.append(_document(source, row, Path(image_folder or path.parent)))
+            documents.append(_document(source, row, folder, is_file))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -70,7 +70,7 @@ def _pair_of(question: str, answer: str, media: Example) -> Example:
     return dataclasses.replace(media, question=question, label=answer)
 
 
-def _document(source: str, row: Any, folder: Path) -> Document:
+def _document(source: str, row: Any, folder: Location, is_file: Callable[[Location], bool]) -> Document:
     if isinstance(row, UserError):
         raise row
     segments = row.get("segments") if isinstance(row, dict) else None
@@ -90,9 +90,10 @@ def _document(source: str, row: Any, folder: Path) -> Document:
             raise UserError(f'{where}: field "question" must be a text, not {json_kind(question)}')
         if not isinstance(image, str):
             raise UserError(f'{where}: field "image" must be a path, not {json_kind(image)}')
-        if problem := path_problem(folder, image):
+        if problem := path_problem(folder, image, is_file):
             raise UserError(f'{where}: field "image" {problem}')
-        pairs.append(Example(question, (folder / image,), text, id=str(place), source=f"{source}, item {place}"))
+        shown = (place_of(folder, image),)
+        pairs.append(Example(question, shown, text, id=str(place), source=f"{source}, item {place}"))
     return tuple(pairs)
 
 

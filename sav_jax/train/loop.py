@@ -197,8 +197,11 @@ def transform_of(settings: Optimization) -> optax.GradientTransformation:
     )
 
 
-def train(problem: Problem, data: Data, settings: Optimization, directory: Path, progress: bool = True) -> Trainable:
-    """Train to the end, going on from the latest checkpoint in ``directory``.
+def train(
+    problem: Problem, data: Data, settings: Optimization, directory: Path | None, progress: bool = True
+) -> Trainable:
+    """Train to the end, going on from the latest checkpoint in ``directory``, if there is one: without, nothing is
+    written.
 
     The directory gets ``run.json`` (the facts), ``log.jsonl`` (a row per ``log_every`` steps), ``checkpoints/`` and
     ``tensorboard/``. A row has the mean loss and gradient norm of the ``steps`` up to its own ``step``, counted from 1
@@ -212,14 +215,17 @@ def train(problem: Problem, data: Data, settings: Optimization, directory: Path,
         UserError: the directory holds a run of other facts, or the loss is not finite; names step and rows.
     """
     check(problem, settings, directory)
-    directory = directory.absolute()
-    by_the_first(lambda: _claim(directory, dict(problem.facts or {})))
+    if directory is not None:
+        claimed = directory = directory.absolute()
+        by_the_first(lambda: _claim(claimed, dict(problem.facts or {})))
     transform = transform_of(settings)
     pace = Pace.of(settings, problem.groups)
     state = initial_state(problem, transform)
-    with _Checkpoints(directory / "checkpoints", settings) as checkpoints:
+    with _Checkpoints(None if directory is None else directory / "checkpoints", settings) as checkpoints:
         state = checkpoints.latest(state)
         first = int(state.step)
+        if first and progress and jax.process_index() == 0:
+            print(f"resuming from step {first} of {settings.steps}", file=sys.stderr)
         step_function = make_step(problem.loss, transform, settings.micro_batches)
         with _Log(directory, first, settings, progress) as log:
             waiting: list[tuple[int, dict[str, jax.Array]]] = []
@@ -265,14 +271,15 @@ def check_batch(settings: Optimization, mesh: Mesh | None) -> None:
         )
 
 
-def check(problem: Problem, settings: Optimization, directory: Path) -> None:
+def check(problem: Problem, settings: Optimization, directory: Path | None) -> None:
     """What can be refused before the data is planned, which may take minutes.
 
     Raises:
         UserError: the devices cannot share the batch, or the directory holds a run of other facts or other things.
     """
     check_batch(settings, problem.mesh)
-    by_the_first(lambda: _claim(directory, dict(problem.facts or {}), write=False))
+    if directory is not None:
+        by_the_first(lambda: _claim(directory, dict(problem.facts or {}), write=False))
 
 
 def _claim(directory: Path, facts: dict[str, Any], write: bool = True) -> None:
@@ -319,28 +326,28 @@ def _short(value: Any) -> str:
 
 
 class _Checkpoints:
-    """Orbax's manager: written by a thread, complete or not there, the newest few kept."""
+    """Orbax's manager: written by a thread, complete or not there, the newest few kept; without a directory, none."""
 
-    def __init__(self, directory: Path, settings: Optimization):
+    def __init__(self, directory: Path | None, settings: Optimization):
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
         self._directory = directory
-        self._manager = ocp.CheckpointManager(
-            directory, options=ocp.CheckpointManagerOptions(max_to_keep=settings.keep, create=True)
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=settings.keep, create=True)
+        self._manager = None if directory is None else ocp.CheckpointManager(directory, options=options)
 
     def __enter__(self) -> _Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def latest(self, state: State) -> State:
         """The newest checkpoint, laid out as ``state``; ``state`` itself if there is none."""
-        step = self._manager.latest_step()
-        if step is None:
+        step = None if self._manager is None else self._manager.latest_step()
+        if self._manager is None or self._directory is None or step is None:
             return state
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         try:
@@ -353,22 +360,23 @@ class _Checkpoints:
             ) from None
 
     def save(self, state: State) -> None:
-        self._manager.save(int(state.step), args=self._ocp.args.StandardSave(state))
+        if self._manager is not None:
+            self._manager.save(int(state.step), args=self._ocp.args.StandardSave(state))
 
 
 class _Log:
     """``log.jsonl``, TensorBoard's events and a bar; a resumed run's rows follow those of the steps it keeps."""
 
-    def __init__(self, directory: Path, first: int, settings: Optimization, progress: bool):
-        self._file = directory / "log.jsonl"
+    def __init__(self, directory: Path | None, first: int, settings: Optimization, progress: bool):
         self._settings = settings
         self._pending: list[dict[str, float]] = []
         self._tokens, self._computed, self._since = 0, 0, time.perf_counter()
         main = jax.process_index() == 0
         self._writer: Any = None
-        if main:
+        if main and directory is not None:
             from tensorboardX import SummaryWriter
 
+            self._file = directory / "log.jsonl"
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first or None)
             if self._file.exists():
                 rows = self._file.read_text().splitlines()

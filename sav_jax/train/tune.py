@@ -14,6 +14,7 @@ import jax
 
 from sav_jax import adapters
 from sav_jax._processes import by_the_first, gathered
+from sav_jax._storage import BucketPath
 from sav_jax.errors import UserError
 from sav_jax.lmm import LMM, find_model
 from sav_jax.models.weights import INDEX_FILE, save_checkpoint
@@ -34,7 +35,7 @@ def digest(chats: Sequence[Chat]) -> str:
     """sha256 of what is said and which images are shown, by path if they are files, in hexadecimal."""
     whole = hashlib.sha256()
     for chat in chats:
-        shown = [str(image) for image in chat.media.images if isinstance(image, Path)]
+        shown = [str(image) for image in chat.media.images if isinstance(image, Path | BucketPath)]
         if len(shown) < len(chat.media.images):
             shown = chat.media.image_digests()
         whole.update(repr(([(turn.role, turn.text) for turn in chat.turns], shown)).encode())
@@ -64,6 +65,24 @@ def tuned_with_updates(
     lmm: LMM, chats: Sequence[Chat], recipe: Recipe, directory: Path, progress: bool = True
 ) -> tuple[LMM, loop.Trainable]:
     """As :func:`tune`, and what was trained."""
+    trainable, facts = trained(lmm, chats, recipe, directory, progress)
+    params = supervised.tuned(lmm, recipe.targets, trainable)
+    mark = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    tuned = dataclasses.replace(
+        lmm,
+        name=f"{lmm.name} tuned in {directory}",
+        params=params,
+        fingerprint=hashlib.sha256(f"{lmm.fingerprint} {mark}".encode()).hexdigest(),
+    )
+    return tuned, trainable
+
+
+def trained(
+    lmm: LMM, chats: Sequence[Chat], recipe: Recipe, directory: Path | None, progress: bool = True
+) -> tuple[loop.Trainable, dict[str, Any]]:
+    """What :func:`tune` trains, before it is merged into the model, and what decided it; without a directory nothing is
+    written.
+    """
     recipe = recipe.resolved(len(chats))
     settings = recipe.optimization
     facts = {"recipe": recipe.facts(), "model": lmm.fingerprint, "dtype": str(lmm.dtype), "data": digest(chats)}
@@ -89,16 +108,7 @@ def tuned_with_updates(
             file=sys.stderr,
         )
         warn_of_endless_answers(lmm, data.form)
-    trainable = loop.train(problem, data, settings, directory, progress)
-    params = supervised.tuned(lmm, recipe.targets, trainable)
-    mark = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
-    tuned = dataclasses.replace(
-        lmm,
-        name=f"{lmm.name} tuned in {directory}",
-        params=params,
-        fingerprint=hashlib.sha256(f"{lmm.fingerprint} {mark}".encode()).hexdigest(),
-    )
-    return tuned, trainable
+    return loop.train(problem, data, settings, directory, progress), facts
 
 
 def warn_of_endless_answers(lmm: LMM, form: ChatFormat) -> None:

@@ -45,6 +45,7 @@ def reference(directory: Path) -> Reference:
         return QwenReference(directory, model.eval(), processor, tokenizer)
 
 
+@pytest.mark.rounding
 @pytest.mark.parametrize("name", list(BUNDLED))
 def test_transformers_gives_the_same_heads_and_logits(name: str) -> None:
     lmm, theirs = sav_jax.load(name), reference(BUNDLED[name])

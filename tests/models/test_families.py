@@ -21,6 +21,9 @@ from sav_jax.models.weights import save_checkpoint
 PARITY = 1e-4
 
 
+pytestmark = pytest.mark.rounding
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family.build(request.param, tmp_path_factory.mktemp(request.param))

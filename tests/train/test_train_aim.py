@@ -200,7 +200,13 @@ def test_the_commands(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     train = ["train", "aim", "--model", model, "--output", "run", "--preset", "debug", "--steps", "1"]
     assert main(train) == 2
     assert "--data FILE is missing; only bundled models learn from drawn scenes" in capsys.readouterr().err
-    assert main([*train, "--data", str(tmp_path / "rows.jsonl"), "--shots", "1,2"]) == 0
+    train += ["--data", str(tmp_path / "rows.jsonl")]
+    assert main([*train, "--shots", "1,99"]) == 2
+    assert (
+        "error: 99 demonstrations are asked for (--shots); no document has more than 2 before"
+        in capsys.readouterr().err
+    )
+    assert main([*train, "--shots", "1,2"]) == 0
     assert "written to run: projection" in capsys.readouterr().out
     asked = ["eval", "--model", model, "--train", str(tmp_path / "rows.jsonl"), "--shots", "3", "--max-new-tokens", "2"]
     asked += ["--methods", "icl,aim,aim-likelihood", "--demonstrations", "4", "--output-path", "results"]

@@ -1,7 +1,10 @@
-"""Training in two processes of four devices each: the losses of one process, files written once, resumable by one."""
+"""Training, and methods that train, in two processes of four devices each: the losses and answers of one process, files
+written once, resumable by one.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -12,21 +15,32 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from buckets import Buckets
 from checkpoints import Reference
-from debug_runs import write_conversations
+from debug_runs import ANSWERS, documents, write_conversations
+from debug_runs import losses as logged
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
+import sav_jax
 from sav_jax import sharding
+from sav_jax.aim import load_aim
 from sav_jax.cli import main
+from sav_jax.train.aim import AIM_PRESETS, train_aim
 
 DIES_AT = 4  # behind the checkpoint of the same number of steps
+MESH = "data=4,model=2"
+AIM_RECIPE = dataclasses.replace(AIM_PRESETS["debug"], shots=(2,), steps=2)  # as in test_train_aim.py: a single program
+EVALUATION = "--methods aim,aim-likelihood,lora,lora-likelihood --shots 2 --limit 8 --demonstrations 2 --lora-rank 2 "
+EVALUATION += f"--lora-rates 1e-2 --lora-steps 1 --max-new-tokens 1 --no-cache --mesh {MESH}"
 
 PROGRAM = f"""
+import dataclasses
+import pathlib
 import sys
 from sav_jax.cli import main
 
-address, index, dying_run, whole_run, *given = sys.argv[1:]
+tests, address, index, dying_run, whole_run, aim_run, evaluated, results, *given = sys.argv[1:]
 joined = ["--coordinator", address, "--num-processes", "2", "--process-id", index]
 assert main(["train", "lora", *given, *joined, "--output", whole_run]) == 0
 
@@ -35,6 +49,19 @@ assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2
 from sav_jax.train.data import ChatData
 from sav_jax.errors import UserError
 from sav_jax._processes import by_the_first
+
+import sav_jax
+from sav_jax.sharding import mesh_of
+from sav_jax.train.aim import AIM_PRESETS, train_aim
+sys.path.insert(0, tests)
+from debug_runs import documents
+
+model = given[given.index("--model") + 1]
+lmm = sav_jax.load(model, mesh=mesh_of(jax.devices(), {MESH!r}))
+recipe = dataclasses.replace(AIM_PRESETS["debug"], shots=(2,), steps=2)
+train_aim(lmm, documents(), recipe, pathlib.Path(aim_run), progress=False)
+evaluation = ["eval", "--model", model, "--train", evaluated, "--aim", aim_run, *{EVALUATION!r}.split()]
+assert main([*evaluation, "--output-path", results]) == 0
 
 get = ChatData.__getitem__
 
@@ -67,6 +94,9 @@ sys.exit(main(["train", "lora", *given, "--output", dying_run + "2"]))
 """
 
 
+TESTS = str(Path(__file__).parent.parent)
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("localhost", 0))
@@ -80,16 +110,26 @@ def losses(directory: Path) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder with runs of two processes, ``two`` whole and ``dead`` half done, and the options of all."""
+def runs(
+    reference: Reference, bucket_server: Buckets, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str]]:
+    """A folder with runs of two processes, ``two`` whole and ``dead`` half done, and the options of all; ``aim`` with a
+    projection; and in the bucket "runs" an evaluation with it.
+    """
     folder = tmp_path_factory.mktemp("processes")
+    bucket_server.objects["runs"] = {}
+    rows = [{"question": f"What is number {i}?", "label": ANSWERS[i % 2]} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["--preset", "debug", "--model", str(reference.directory), "--data", str(write_conversations(folder))]
-    given += ["--mesh", "data=4,model=2"]  # as in test_debug_presets.py: the same step
+    given += ["--mesh", MESH]  # as in test_debug_presets.py: the same step
     address = f"localhost:{free_port()}"
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}
+    # Compiled quickly: a program runs a few times, and rounding is bounded far more widely than what this changes.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4", "XLA_FLAGS": flags}
+    folders = [str(folder / name) for name in ("dead", "two", "aim", "rows.jsonl")]
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, address, str(i), str(folder / "dead"), str(folder / "two"), *given],
+            [sys.executable, "-c", PROGRAM, TESTS, address, str(i), *folders, "gs://runs/results", *given],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -106,8 +146,9 @@ def runs(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tupl
         assert one.returncode == 2, [text[-3000:] for _, text in said_by]
         # The second could not go on, and the first does not wait for it.
         assert f"error: {said}one.png: cannot be read\n" in errors
+    assert bucket_server.writes.count("runs/results/results.json") == 1
     written = f"written to {folder / 'two'}: model, adapter\n"
-    # Only one says what was written; both know what the first refuses. (Gloo's own lines stand between.)
+    # Only one says what was written; both know what the first refuses.
     for said in ("died\n", "no, says process 0\n"):
         assert [out.count(said) for out, _ in said_by] == [1, 1]
     assert [out.count(written) for out, _ in said_by] == [1, 0]
@@ -132,12 +173,45 @@ def test_two_processes_learn_what_one_does(runs: tuple[Path, list[str]]) -> None
     assert not [path for path in (folder / "two").rglob("*") if path.name.startswith(".")]
 
 
-def test_one_process_resumes_what_two_began(runs: tuple[Path, list[str]]) -> None:
+def test_a_projection_of_two_processes(runs: tuple[Path, list[str]], lmm: sav_jax.LMM, tmp_path: Path) -> None:
+    """Against one device."""
+    folder, _ = runs
+    alone = train_aim(lmm, documents(), AIM_RECIPE, tmp_path / "aim", progress=False)
+    np.testing.assert_allclose(logged(folder / "aim"), logged(tmp_path / "aim"), rtol=2e-4)
+    together = load_aim(folder / "aim")
+    assert set(together.params) == set(alone.params)
+    for path, value in alone.params.items():  # as above: two steps of at most the rate
+        assert np.abs(together.params[path] - value).max() <= 2 * 2 * AIM_RECIPE.learning_rate
+        assert np.median(np.abs(together.params[path] - value)) < 1e-4
+
+
+def test_methods_that_train_answer_as_in_one_process(
+    runs: tuple[Path, list[str]], bucket_server: Buckets, model: str, tmp_path: Path
+) -> None:
+    folder, _ = runs
+    command = ["eval", "--model", model, "--train", str(folder / "rows.jsonl"), "--aim", str(folder / "aim")]
+    assert main([*command, *EVALUATION.split(), "--output-path", str(tmp_path)]) == 0
+    stored = bucket_server.contents("runs", "results")
+    assert set(stored) == {"results.json", "samples_files.jsonl"}
+    together, alone = (
+        [json.loads(line) for line in text.splitlines()]
+        for text in (stored["samples_files.jsonl"], (tmp_path / "samples_files.jsonl").read_bytes())
+    )
+    assert len(alone) == len(together) == 4 * 8
+    for one, two in zip(alone, together, strict=True):
+        probabilities = [row.pop("probabilities", {}) for row in (one, two)]
+        assert one == two
+        # Of log-likelihoods of order ten, to some 2^-20.
+        assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-4)
+
+
+def test_one_process_resumes_what_two_began(runs: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     folder, given = runs
     kept = [int(path.name) for path in (folder / "dead" / "checkpoints").iterdir()]
     assert max(kept) == DIES_AT
     before = (folder / "dead" / "log.jsonl").read_text()
     assert main(["train", "lora", *given, "--output", str(folder / "dead")]) == 0
+    assert f"resuming from step {DIES_AT} of 6\n" in capsys.readouterr().err
     assert (folder / "dead" / "log.jsonl").read_text().startswith(before)
     np.testing.assert_allclose(losses(folder / "dead"), losses(folder / "two"), rtol=2e-4)
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
+from sav_jax._files import write_file
+from sav_jax._processes import by_the_first, gathered, known_by_all
+from sav_jax._storage import Location, location, storage_errors
+from sav_jax.errors import UserError
 from sav_jax.eval.features import Features
 from sav_jax.eval.methods.asking import likeliest, written
 from sav_jax.eval.methods.base import Method, Outcome
@@ -122,22 +126,44 @@ def held_out(targets: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _trained(features: Features, items: Sequence[Item], recipe: Recipe) -> LMM:
     """The model tuned on items; with a cache, found there again and not trained twice."""
+    from sav_jax.train import supervised
     from sav_jax.train.chats import chat_of
-    from sav_jax.train.tune import digest, tune
+    from sav_jax.train.tune import digest, trained
 
     reader, task = features.reader, features.task
     chats = [chat_of(item.example, task.answer(item.label)) for item in items]
     lmm = reader.lmm
     facts = (_VERSION, lmm.fingerprint, str(lmm.dtype), lmm.num_layers, recipe.facts(), digest(chats))
     key = hashlib.sha256(repr((facts, [item.example.image_digests() for item in items])).encode()).hexdigest()
-    local = bool(reader.cache) and "://" not in str(reader.cache)
-    with reader.timed(), tempfile.TemporaryDirectory() as temporary:
-        folder = Path(str(reader.cache)) / "tuned" / key if local else Path(temporary) / key
+    file = location(f"{reader.cache}/tuned/{key}.safetensors") if reader.cache else None
+    with reader.timed():
+        matrices = _kept(file)
+        if matrices is None:
+            matrices = gathered(trained(lmm, chats, recipe, None, progress=False)[0])
+            if file is not None:
+                content, there = save(matrices), file
+                by_the_first(lambda: write_file(there, content))
         return dataclasses.replace(
-            tune(lmm, chats, recipe, folder, progress=False),
+            lmm,
+            params=supervised.tuned(lmm, recipe.targets, matrices),
             fingerprint=hashlib.sha256(f"{lmm.fingerprint} {key}".encode()).hexdigest(),
             name=f"{lmm.name} tuned on {task.name}",
         )
+
+
+def _kept(file: Location | None) -> dict[str, np.ndarray] | None:
+    """The matrices in a file of the cache; None if there is none."""
+    if file is None:
+        return None
+    with storage_errors(file):
+        there = file.is_file()
+    if not known_by_all([0] if there else [], 1):
+        return None
+    try:
+        with storage_errors(file):
+            return load(file.read_bytes())
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error}); delete it and run again") from None
 
 
 METHODS = (

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sav_jax._processes import known_by_all
 from sav_jax.eval.features import Features
 from sav_jax.eval.methods.asking import likeliest, written
 from sav_jax.eval.methods.base import Method, Outcome
@@ -68,7 +69,7 @@ def _task_vector(features: Features) -> tuple[HeadEdit, dict[str, Any]]:
     facts = (_VERSION, recipe, features.settings.seed, answers, features.targets.tolist(), readings.keys, asked, stops)
     key = hashlib.sha256(repr(facts).encode()).hexdigest()
     store = HeadStore.open(f"{reader.cache.rstrip('/')}/searches") if reader.cache else None
-    if store is not None and not store.missing([key]):
+    if store is not None and not known_by_all(store.missing([key]), 1):
         packed = store.read([key])
     else:
         with reader.timed():
@@ -76,7 +77,7 @@ def _task_vector(features: Features) -> tuple[HeadEdit, dict[str, Any]]:
         reader.patched_passes += found.passes
         packed = _packed(found)
         if store is not None:
-            store.write([key], packed)
+            store.write([key], packed)  # by every process: the first one's stays
     mask, loss, before = _unpacked(packed, means.shape[:2])
     return HeadEdit.replacing(means, mask), {
         "heads_replaced": int(mask.sum()),

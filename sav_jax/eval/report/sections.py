@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sav_jax._storage import lies_in
 from sav_jax.errors import UserError
 from sav_jax.eval.report.confidence import reliability_figure, risk_figure, sureness
 from sav_jax.eval.report.drawing import Figure
@@ -288,7 +289,7 @@ def _cards(results: Results, key: str) -> tuple[Card, ...]:
 def _picture(results: Results, name: str, where: str) -> str:
     """A small PNG of the results folder as a data address."""
     file = results.folder / name
-    if not file.resolve().is_relative_to(results.folder.resolve()):
+    if not lies_in(file, results.folder):
         raise UserError(f"{where}: the picture {name!r} is outside the results folder")
     try:
         content = file.read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sav_jax.eval.compare import ALPHA, paired_p, task_metric
 from sav_jax.eval.statistics import holm
@@ -151,7 +152,7 @@ def _answers(results: Results, run: Stored) -> dict[int, Answered]:
 def _labels(results: Sequence[Results]) -> tuple[str, ...]:
     """Short names of the folders: their models' where these differ, else their own."""
     models = [of.model.rstrip("/").rpartition("/")[2] for of in results]
-    folders = [of.folder.resolve().name for of in results]
+    folders = [(of.folder.resolve() if isinstance(of.folder, Path) else of.folder).name for of in results]
     for names in (models, folders):
         if len(set(names)) == len(names):
             return tuple(names)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from sav_jax._files import write_folder
+from sav_jax._storage import Location
 from sav_jax.eval.report.curves import shots_figure, sweep_figures
 from sav_jax.eval.report.page import render
 from sav_jax.eval.report.sections import Section, make_section
@@ -15,7 +15,7 @@ from sav_jax.eval.report.words import listed
 from sav_jax.eval.stored import Results
 
 
-def write_report(results: Sequence[Results], output: Path) -> list[str]:
+def write_report(results: Sequence[Results], output: Location) -> list[str]:
     """Write ``report.html``, which needs no other file, and ``report.md``, ``report.tex``, ``report.csv`` and the
     pictures as ``figure_*.svg``.
 

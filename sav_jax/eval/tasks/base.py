@@ -304,6 +304,8 @@ def default_data_dir() -> Path:
     """Where benchmarks are looked for unless told otherwise: ``$SAV_JAX_DATA``, else ``~/.cache/sav_jax/data``."""
     if chosen := os.environ.get("SAV_JAX_DATA"):
         return Path(chosen)
-    from sav_jax.headstore import default_cache_dir
+    from sav_jax._storage import is_url
+    from sav_jax.headstore import default_cache_dir, local_cache_dir
 
-    return Path(default_cache_dir()) / "data"
+    cache = default_cache_dir()
+    return Path(local_cache_dir() if is_url(cache) else cache) / "data"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
+from sav_jax._storage import AnyPath
 from sav_jax.errors import UserError
 from sav_jax.eval.tasks.base import Data, Item, Task
 from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 
 
 def from_files(
-    train: str | os.PathLike[str],
-    test: str | os.PathLike[str] | None = None,
+    train: AnyPath,
+    test: AnyPath | None = None,
     question: str | None = None,
     frames: int = DEFAULT_FRAMES,
 ) -> Task:
