@@ -26,7 +26,7 @@ from sav_jax.errors import UserError
 from sav_jax.examples import DEFAULT_FRAMES, Example, read_examples
 from sav_jax.extract import extract_heads
 from sav_jax.headstore import check_head_array_path, default_cache_dir, local_cache_dir, write_head_array
-from sav_jax.lmm import LMM, find_model, load, local_model, usual_mesh
+from sav_jax.lmm import BUNDLED, LMM, find_model, load, local_model, usual_mesh
 from sav_jax.sharding import mesh_of
 
 if TYPE_CHECKING:
@@ -254,12 +254,12 @@ def _train_aim(options: training_options.Aim) -> None:
     by_the_first(lambda: check_output_folder(options.output, "run.json"))
     if options.data is not None:
         documents = read_documents(options.data, options.image_folder, recipe.pairs, options.run.seed)
-    elif options.model == "tiny":
+    elif options.model in BUNDLED:
         if options.documents < 1:
             raise UserError(f"--documents must be at least 1, not {options.documents}")
         documents = drawn_documents(options.documents, recipe.pairs, options.run.seed)
     else:
-        raise UserError("--data FILE is missing; only the bundled model learns from drawn scenes")
+        raise UserError("--data FILE is missing; only bundled models learn from drawn scenes")
     lmm = _load(options.model, options.run.dtype, mesh=options.devices.mesh)
     train_aim(lmm, documents, recipe, options.output)
     if jax.process_index() == 0:

@@ -76,7 +76,7 @@ class Training:
     """What both kinds of tuning can be told; whatever is left out is as in the preset."""
 
     model: str
-    """The base model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+    """The base model: 'tiny' or 'tiny-qwen' (bundled), a directory in Hugging Face layout, or a hub id."""
 
     data: Place
     """Conversations in LLaVA's format (JSON list or JSON Lines of {"image", "conversations": [{"from": "human" or
@@ -158,12 +158,12 @@ class SqLlava(Training):
 @dataclass(frozen=True)
 class Aim:
     model: str
-    """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+    """The frozen model: 'tiny' or 'tiny-qwen' (bundled), a directory in Hugging Face layout, or a hub id."""
 
     output: Path
     """Folder for the run (log, checkpoints; a killed run goes on from the latest) and, at its end, 'projection'."""
 
-    data: Annotated[Place | None, optional("FILE", "drawn scenes, for 'tiny'")] = None
+    data: Annotated[Place | None, optional("FILE", "drawn scenes, for bundled models")] = None
     """Documents (JSON list or JSON Lines of {"segments": [{"image", "text", "question"?}, ...]}), or conversations in
     LLaVA's format or labelled rows, of which --pairs make a document."""
 
@@ -289,7 +289,7 @@ class Ask:
 @dataclass(frozen=True)
 class Plan:
     model: str
-    """A config.json, a folder that has one (no weights are read), or 'tiny'."""
+    """A config.json, a folder that has one (no weights are read), or 'tiny', 'tiny-qwen'."""
 
     topology: str
     """The pod to compile for: v5e:4x4, v5p:2x2x2, v6e:8x8, ..."""

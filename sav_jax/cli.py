@@ -25,7 +25,7 @@ _RESULTS = tyro.conf.arg(metavar="RESULTS [RESULTS ...]", help_behavior_hint="(r
 @dataclass(frozen=True)
 class Fit:
     model: str
-    """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+    """The frozen model: 'tiny' or 'tiny-qwen' (bundled), a directory in Hugging Face layout, or a hub id."""
 
     train: Place
     """Labelled examples: JSON Lines with rows {"image": path or list of paths, "question": text, "label": text} (and
@@ -89,7 +89,7 @@ class Predict:
 @dataclass(frozen=True)
 class Extract:
     model: str
-    """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+    """The frozen model: 'tiny' or 'tiny-qwen' (bundled), a directory in Hugging Face layout, or a hub id."""
 
     data: Place
     """Examples: rows or a folder as for 'fit'; labels may be left out."""
@@ -112,7 +112,7 @@ class Extract:
 @dataclass(frozen=True)
 class Eval:
     model: str = "tiny"
-    """The frozen model: 'tiny' (bundled), a directory in Hugging Face layout, or a hub id."""
+    """The frozen model: 'tiny' or 'tiny-qwen' (bundled), a directory in Hugging Face layout, or a hub id."""
 
     tasks: str = "digits"
     """Names separated by commas; 'list' prints them all, 'sav-jax tasks NAME' describes one."""

@@ -27,7 +27,7 @@ from sav_jax.models.registry import Architecture, architecture, read_config
 from sav_jax.models.weights import load_params, read_headers, weight_files
 from sav_jax.sharding import on, parameter_sharding
 
-BUNDLED = {"tiny": Path(__file__).parent / "models" / "tiny"}
+BUNDLED = {name: Path(__file__).parent / "models" / name for name in ("tiny", "tiny-qwen")}
 """Checkpoints that come with the package, by name."""
 
 _SETTINGS_FILES = (
@@ -152,7 +152,7 @@ def load(
     """Load an LMM.
 
     Args:
-        path: "tiny" (bundled), a directory in Hugging Face layout, or a hub id such as
+        path: "tiny" or "tiny-qwen" (bundled), a directory in Hugging Face layout, or a hub id such as
             ``llava-hf/llava-onevision-qwen2-7b-ov-hf``.
         dtype: of parameters and activations; by default float32 on CPU and bfloat16 on TPU and GPU. Norms, softmax,
             rotations and all statistics are float32 whatever it is.

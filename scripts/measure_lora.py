@@ -4,8 +4,7 @@
     python scripts/measure_lora.py --output results/lora
     sav-jax compare results/lora --baseline zero-shot-likelihood
 
-``tiny`` can read the digits, but was never asked this, and answers yes/no questions without looking at the image: the
-labelled examples alone say what is meant.
+``tiny`` can read the digits, but was never asked this: the labelled examples alone say what is meant.
 """
 
 from __future__ import annotations

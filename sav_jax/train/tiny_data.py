@@ -1,9 +1,9 @@
-"""Batches of the drawn world for the bundled model's training, as NumPy arrays of fixed shapes.
+"""Batches of the drawn world for the bundled models' training, as NumPy arrays of fixed shapes.
 
 A batch is a pure function of (stage, step): a resumed run sees what an uninterrupted one would. They are drawn ahead of
-time in one other process.
+time by other processes; pixels travel as bytes.
 
-Axes: B examples, G label groups, T tokens, R answer positions, P tiles, S taps of a visual token (always 1 here).
+Axes: B examples, G label groups, T tokens, R answer positions, N views of a prompt's images.
 """
 
 from __future__ import annotations
@@ -11,118 +11,135 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from sav_jax.models.processor import Processor, load_processor
+from sav_jax.train.tiny_layout import Layout
+from sav_jax.train.tiny_recipe import Recipe, Stage
+from sav_jax.world.facts import CATEGORIES
 from sav_jax.world.glyphs import DIGITS, LETTERS
-from sav_jax.world.questions import CATEGORIES, QA, ask, ask_both
-from sav_jax.world.scene import LARGE, SIZE, Scene, draw, sample_scene
+from sav_jax.world.objects import OBJECTS
+from sav_jax.world.questions import QA, ask
+from sav_jax.world.scene import KINDS, LARGE, SIZE, Scene, draw, sample_scene
+from sav_jax.world.several import ask_several, sample_images
 from sav_jax.world.shapes import COLORS, SHAPES, TEXTURES
+from sav_jax.world.words import WORDS
 
-#: Label groups of stage 1, each with its share of the loss. A label is told apart only from its own group (0 from 1,
-#: not from o).
+#: Label groups of the first stage, each with its share of the loss. A label is told apart only from its own group (0
+#: from 1, not from o).
 GROUPS: dict[str, tuple[tuple[str, ...], float]] = {
     "digit": (tuple(DIGITS), 1.0),
     "letter": (tuple(LETTERS), 1.0),
     "shape": (SHAPES, 1.0),
-    "color": (tuple(COLORS), 0.15),
-    "texture": (TEXTURES, 0.3),
-    "category": (CATEGORIES, 0.15),
+    "object": (OBJECTS, 1.0),
+    "word": (WORDS, 1.0),
+    "color": (tuple(COLORS), 0.2),
+    "texture": (TEXTURES, 0.4),
+    "category": (CATEGORIES, 0.2),
 }
 
-#: Kinds of scene and how often they are drawn, by stage.
-LABEL_MIX = {"scan": 0.42, "glyph": 0.36, "shape": 0.22}
-QUESTION_MIX = {"scan": 0.3, "glyph": 0.2, "shape": 0.18, "pair": 0.16, "group": 0.16}
+#: Kinds of scene and how often they are drawn: in the first stage, and later in small and in large images.
+LABEL_MIX = {"scan": 0.28, "glyph": 0.26, "shape": 0.2, "object": 0.12, "word": 0.14}
+QUESTION_MIX = {
+    "scan": 0.13, "glyph": 0.12, "shape": 0.16, "object": 0.11, "word": 0.06, "swatch": 0.02, "pair": 0.17,
+    "group": 0.14, "crowd": 0.09,
+}  # fmt: skip
 
-#: First seeds of what training draws; far apart, so that nothing overlaps.
-LABEL_SEEDS, QUESTION_SEEDS, HELD_OUT_SEEDS = 10**9, 3 * 10**9, 9 * 10**9
+#: First seeds of what each stage draws; far apart, so that nothing overlaps.
+STAGE_SEEDS = {"seeing": 10**9, "answering": 3 * 10**9, "instructions": 6 * 10**9}
+HELD_OUT_SEEDS = 9 * 10**9
 
 
 @dataclass(frozen=True)
-class LabelBatch:
-    """Stage 1: one image, its labels by group.
+class TinyBatch:
+    """Chats about images with the answers' positions; in the first stage, images alone.
 
     Attributes:
-        tiles: float32 ``[B, 1, 32, 32, 3]`` normalised pixels.
+        bucket: whose shapes it has.
+        images: uint8 ``[B, N, height, width, 3]``.
         labels: int32 ``[B, G]``, index within the group, -1 where the group says nothing about the image.
-    """
-
-    tiles: NDArray[np.float32]
-    labels: NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class QuestionBatch:
-    """Stage 2: chats about images, with the answers' positions.
-
-    Attributes:
-        token_ids, lengths, tiles, visual_index, visual_weight: as in :class:`sav_jax.models.batch.Batch`.
-        read_positions: int32 ``[B, R]``, positions whose next token is part of an answer; 0 where unused.
+        token_ids: int32 ``[B, T]``.
+        lengths: int32 ``[B]``.
+        reads: int32 ``[B, R]``, positions whose next token is part of an answer; 0 where unused.
         targets: int32 ``[B, R]``, those next tokens.
         weights: float32 ``[B, R]``; an answer's tokens share a weight of one, its end counts ``END_WEIGHT``.
+        questions: int32 ``[B, R]`` which of the row's questions each position answers; -1 where unused.
+        asked: the questions of each row that are in it.
     """
 
+    bucket: str
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int32]
     token_ids: NDArray[np.int32]
     lengths: NDArray[np.int32]
-    read_positions: NDArray[np.int32]
-    tiles: NDArray[np.float32]
-    visual_index: NDArray[np.int32]
-    visual_weight: NDArray[np.float32]
+    reads: NDArray[np.int32]
     targets: NDArray[np.int32]
     weights: NDArray[np.float32]
+    questions: NDArray[np.int32]
+    asked: tuple[tuple[QA, ...], ...] = ()
+
+    def arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """What a training step is given."""
+        return self.images, self.labels, self.token_ids, self.lengths, self.reads, self.targets, self.weights
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Static shapes of one sort of question batch: tokens, tiles, and images of ``side`` pixels per prompt."""
+    """Static shapes of one sort of prompt.
+
+    Attributes:
+        tokens: T; 0 where there is no text.
+        images: per prompt.
+        side: their width and height in pixels.
+        share: B as a share of the stage's batch size.
+    """
 
     tokens: int
-    tiles: int
     images: int
     side: int
-    batch_share: float = 1.0
+    share: float = 1.0
 
 
-#: For "square" the base view and the only tile of the grid are the same pixels, so that one tile serves both.
 BUCKETS = {
-    "square": Bucket(tokens=80, tiles=1, images=1, side=SIZE),
-    "large": Bucket(tokens=132, tiles=5, images=1, side=LARGE, batch_share=0.5),
-    "two": Bucket(tokens=80, tiles=2, images=2, side=SIZE),
+    "image": Bucket(tokens=0, images=1, side=SIZE),
+    "square": Bucket(tokens=128, images=1, side=SIZE),
+    "large": Bucket(tokens=176, images=1, side=LARGE, share=0.5),
+    "two": Bucket(tokens=128, images=2, side=SIZE, share=0.5),
 }
-READS = 16
+READS = 24
 END_WEIGHT = 0.1
 
 
-def _capitalised(qa: QA) -> QA:
-    """People may begin a question with a capital letter; the world's wordings never do."""
-    return replace(qa, question=qa.question[0].upper() + qa.question[1:])
+def bucket_of(stage: Stage, step: int) -> str:
+    """Which bucket a step of a stage draws from."""
+    if not stage.buckets:
+        return "image"
+    names, shares = zip(*stage.buckets, strict=True)
+    point = np.random.default_rng([STAGE_SEEDS[stage.name], step, 1]).random() * sum(shares)
+    return names[int(np.searchsorted(np.cumsum(shares)[:-1], point, side="right"))]
 
 
-def bucket_of(step: int) -> str:
-    """Which bucket a step of stage 2 draws from."""
-    return {5: "large", 13: "two"}.get(step % 16, "square")
+def rows_of(bucket: str, batch_size: int) -> int:
+    """B."""
+    return max(round(batch_size * BUCKETS[bucket].share), 1)
 
 
-def _mixed(mix: dict[str, float], rng: np.random.Generator) -> str:
-    kinds = tuple(mix)
-    return kinds[int(rng.choice(len(kinds), p=np.array(list(mix.values()))))]
+def _mixed(mix: dict[str, float], rng: np.random.Generator, number: int) -> list[str]:
+    """Kinds of ``number`` scenes."""
+    kinds, shares = tuple(mix), np.array(list(mix.values()))
+    return [kinds[int(i)] for i in rng.choice(len(kinds), size=number, p=shares / shares.sum())]
 
 
-def pixels(image: Image.Image) -> NDArray[np.float32]:
-    """Normalised pixels of an image that is one tile already, as the processor makes them."""
-    return np.asarray(image, dtype=np.float32) / np.float32(127.5) - np.float32(1.0)
-
-
-def group_labels(scene: Scene) -> NDArray[np.int32]:
-    """Labels of a scene with a single thing, int32 [G]."""
+def group_labels(scenes: Sequence[Scene]) -> NDArray[np.int32]:
+    """Labels of the first scene, if it shows a single thing, int32 [G]."""
+    scene = scenes[0]
+    if len(scene.things) > 1 or len(scenes) > 1 or scene.kind in ("pair", "group", "crowd", "swatch"):
+        return np.full(len(GROUPS), -1, np.int32)
     thing = scene.thing
     said = {thing.category: thing.name, "color": thing.color, "category": thing.category}
     if thing.category == "shape" and thing.size == "large":
@@ -132,79 +149,44 @@ def group_labels(scene: Scene) -> NDArray[np.int32]:
     )
 
 
-def label_batch(scenes: Sequence[Scene]) -> LabelBatch:
-    """Draws scenes of single things."""
-    return LabelBatch(
-        np.stack([pixels(draw(scene)) for scene in scenes])[:, None],
-        np.stack([group_labels(scene) for scene in scenes]),
-    )
+def _capitalised(qa: QA) -> QA:
+    """People may begin a question with a capital letter; the world's wordings never do."""
+    return replace(qa, question=qa.question[0].upper() + qa.question[1:])
 
 
-def label_scenes(step: int, batch_size: int) -> list[Scene]:
-    """The scenes of a step of stage 1."""
-    first = LABEL_SEEDS + step * batch_size
-    rng = np.random.default_rng([LABEL_SEEDS, step])
-    return [sample_scene(first + i, _mixed(LABEL_MIX, rng)) for i in range(batch_size)]
+Item = tuple[Sequence[Scene], Sequence[QA]]
 
 
 class Chats:
     """Turns scenes with questions into token arrays, by the checkpoint's own tokenizer, template and image plan."""
 
     def __init__(self, directory: Path):
-        self.directory = directory
+        self.layout = Layout(directory)
 
-    @cached_property
-    def processor(self) -> Processor:
-        return load_processor(self.directory)
-
-    @cached_property
-    def end(self) -> int:
-        return int(self.processor.tokenizer.convert_tokens_to_ids("<|im_end|>"))
-
-    @lru_cache(maxsize=20000)  # noqa: B019  one instance per process, lives as long as it
-    def _first_turn(self, question: str, images: int) -> tuple[int, ...]:
-        return tuple(self.processor.encode(self.processor.text(question, images)))
-
-    @lru_cache(maxsize=20000)  # noqa: B019
-    def _next_turn(self, question: str) -> tuple[int, ...]:
-        return tuple(self.processor.encode(self.processor.text(question, 0)))
-
-    @lru_cache(maxsize=20000)  # noqa: B019
-    def _answer(self, answer: str) -> tuple[int, ...]:
-        return (*self.processor.encode(answer), self.end)
-
-    def batch(self, items: Sequence[tuple[Sequence[Scene], Sequence[QA]]], bucket: Bucket) -> QuestionBatch:
+    def batch(self, items: Sequence[Item], bucket_name: str) -> TinyBatch:
         """Draws and tokenises a batch. Questions that no longer fit into the bucket are left out."""
-        size, length = len(items), bucket.tokens
-        side = SIZE
-        token_ids = np.zeros((size, length), np.int32)
-        lengths = np.zeros(size, np.int32)
-        visual_index = np.full((size, length, 1), -1, np.int32)
-        visual_weight = np.zeros((size, length, 1), np.float32)
-        tiles = np.zeros((size, bucket.tiles, side, side, 3), np.float32)
-        reads = np.zeros((size, READS), np.int32)
-        targets = np.zeros((size, READS), np.int32)
-        weights = np.zeros((size, READS), np.float32)
-        for row, (scenes, questions) in enumerate(items):
-            images = [draw(scene) for scene in scenes]
-            plan = self.processor.expand(
-                self._first_turn(questions[0].question, len(images)), [i.size[::-1] for i in images]
-            )
-            index = plan.visual_index
-            if bucket.side == SIZE:
-                tiles[row] = np.stack([pixels(image) for image in images])
-                if bucket.images == 1:
-                    patches = self.processor.config.vision.patches_per_side**2
-                    index = np.where(index > patches, index - patches, index)
-            else:
-                tiles[row] = self.processor.pixels(images)
-            ids = plan.token_ids.tolist()
-            visual_index[row, : len(ids)] = index
-            visual_weight[row, : len(ids)] = plan.visual_weight
+        bucket, size = BUCKETS[bucket_name], len(items)
+        length = max(bucket.tokens, 1)
+        views, side = self.layout.views(bucket.images, bucket.side)
+        images = np.zeros((size, views, side, side, 3), np.uint8)
+        token_ids, lengths = np.zeros((size, length), np.int32), np.zeros(size, np.int32)
+        reads, targets = np.zeros((size, READS), np.int32), np.zeros((size, READS), np.int32)
+        weights, questions = np.zeros((size, READS), np.float32), np.full((size, READS), -1, np.int32)
+        labels = np.stack([group_labels(scenes) for scenes, _ in items])
+        asked: list[tuple[QA, ...]] = []
+        for row, (scenes, wanted) in enumerate(items):
+            images[row] = self.layout.pack([draw(scene) for scene in scenes])
+            if not bucket.tokens:
+                continue
+            ids = list(self.layout.plan(bucket.images, bucket.side, length).head)
             used = 0
-            for turn, qa in enumerate(questions):
-                ahead = [] if turn == 0 else list(self._next_turn(qa.question))
-                answer = self._answer(qa.answer)
+            kept: list[QA] = []
+            for qa in wanted:
+                question = qa.question
+                ahead = (
+                    self.layout.next_question(question) if kept else self.layout.first_question(question, bucket.images)
+                )
+                answer = self.layout.answer(qa.answer)
                 if len(ids) + len(ahead) + len(answer) > length or used + len(answer) > READS:
                     continue
                 ids += ahead
@@ -212,64 +194,85 @@ class Chats:
                 reads[row, places] = np.arange(len(ids) - 1, len(ids) - 1 + len(answer))
                 targets[row, places] = answer
                 weights[row, places] = [1.0 / (len(answer) - 1)] * (len(answer) - 1) + [END_WEIGHT]
+                questions[row, places] = len(kept)
                 ids += answer
                 used += len(answer)
+                kept.append(qa)
             lengths[row] = len(ids)
             token_ids[row, : len(ids)] = ids
-        return QuestionBatch(token_ids, lengths, reads, tiles, visual_index, visual_weight, targets, weights)
+            asked.append(tuple(kept))
+        return TinyBatch(
+            bucket_name, images, labels, token_ids, lengths, reads, targets, weights, questions, tuple(asked)
+        )
 
-    def training_batch(self, step: int, batch_size: int) -> QuestionBatch:
-        """The batch of a step of stage 2: two questions about every image (or pair of images)."""
-        bucket = BUCKETS[bucket_of(step)]
-        rng = np.random.default_rng([QUESTION_SEEDS, step])
-        items: list[tuple[list[Scene], list[QA]]] = []
-        for i in range(round(batch_size * bucket.batch_share)):
-            seed = QUESTION_SEEDS + 2 * (step * batch_size + i)
+    def training_batch(self, recipe: Recipe, step: int) -> TinyBatch:
+        """The batch of a step, counted over all stages."""
+        stage, at = recipe.place(step)
+        name = bucket_of(stage, at)
+        bucket, rows = BUCKETS[name], rows_of(name, stage.batch_size)
+        first = STAGE_SEEDS[stage.name]
+        rng = np.random.default_rng([first, at])
+        seeds = [first + 2 * (at * stage.batch_size + i) for i in range(rows)]
+        if name == "image":
+            kinds = _mixed(LABEL_MIX, rng, rows)
+            return self.batch([([sample_scene(s, k)], ()) for s, k in zip(seeds, kinds, strict=True)], name)
+        capitals = rng.random((rows, recipe.turns)) < 0.3
+        kinds = _mixed(QUESTION_MIX, rng, rows)
+        items: list[Item] = []
+        for seed, kind, capital in zip(seeds, kinds, capitals, strict=True):
+            scenes: Sequence[Scene]
             if bucket.images == 2:
-                scenes = [sample_scene(seed + k, _mixed(LABEL_MIX, rng)) for k in range(2)]
-                questions = ask_both(scenes[0], scenes[1], seed)
+                scenes = both = sample_images(seed)
+                questions = ask_several(both, seed, recipe.turns)
             else:
-                scenes = [sample_scene(seed, _mixed(QUESTION_MIX, rng), side=bucket.side)]
-                questions = ask(scenes[0], seed, 2)
-            items.append((scenes, [_capitalised(qa) if rng.random() < 0.3 else qa for qa in questions]))
-        return self.batch(items, bucket)
+                scenes = [sample_scene(seed, kind, side=bucket.side)]
+                questions = ask(scenes[0], seed, recipe.turns)
+            items.append(
+                (scenes, [_capitalised(qa) if big else qa for qa, big in zip(questions, capital, strict=False)])
+            )
+        return self.batch(items, name)
 
 
-_chats: Chats | None = None
+_draw: Callable[[int], TinyBatch] | None = None
 
 
-def _start(directory: Path) -> None:
-    global _chats  # one per worker process, set once
-    _chats = Chats(directory)
+def _start(directory: Path, recipe: Recipe) -> None:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a worker has nothing to compute on an accelerator
+    global _draw  # one per worker process, set once
+    chats = Chats(directory)
+
+    def draw_step(step: int) -> TinyBatch:
+        return replace(chats.training_batch(recipe, step), asked=())
+
+    _draw = draw_step
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
-    """A killed training does not tell its worker, which would wait for work for ever."""
+    """A killed training does not tell its workers, which would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)
 
 
-def _draw(stage: int, step: int, batch_size: int) -> LabelBatch | QuestionBatch:
-    if stage == 1:
-        return label_batch(label_scenes(step, batch_size))
-    assert _chats is not None
-    return _chats.training_batch(step, batch_size)
+def _drawn(step: int) -> TinyBatch:
+    assert _draw is not None
+    return _draw(step)
 
 
-def prefetched(
-    directory: Path, stage: int, steps: range, batch_size: int, ahead: int = 12
-) -> Iterator[LabelBatch | QuestionBatch]:
-    """Batches of ``steps`` in order, drawn by another process up to ``ahead`` batches early."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start, (directory,)) as pool:
-        pending: list[Future[LabelBatch | QuestionBatch]] = []
+def prefetched(directory: Path, recipe: Recipe, steps: range, workers: int = 1) -> Iterator[TinyBatch]:
+    """Batches of ``steps`` in order, drawn ahead of time by ``workers`` other processes."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (directory, recipe)) as pool:
+        pending: list[Future[TinyBatch]] = []
         todo = iter(steps)
         try:
             for _ in steps:
-                while len(pending) < ahead and (step := next(todo, None)) is not None:
-                    pending.append(pool.submit(_draw, stage, step, batch_size))
+                while len(pending) < 4 + 3 * workers and (step := next(todo, None)) is not None:
+                    pending.append(pool.submit(_drawn, step))
                 yield pending.pop(0).result()
         finally:
             for future in pending:
@@ -277,5 +280,17 @@ def prefetched(
 
 
 def held_out_scenes(kind: str, number: int, *, category: str | None = None, side: int = SIZE) -> list[Scene]:
-    """Scenes that training never draws, with its held-out faces and pen styles."""
+    """Scenes that training never draws, with its held-out faces, pen styles and combinations of colour and shape."""
     return [sample_scene(HELD_OUT_SEEDS + i, kind, category=category, held_out=True, side=side) for i in range(number)]
+
+
+def held_out_items(number: int, buckets: set[str]) -> Iterator[tuple[str, str, list[Item]]]:
+    """Questions about held-out scenes: (bucket, kind, ``number`` items of one question each), of these buckets."""
+    for kind in KINDS:
+        yield "square", kind, [([s], ask(s, i, 1)) for i, s in enumerate(held_out_scenes(kind, number))]
+    if "large" in buckets:
+        large = held_out_scenes("glyph", number, side=LARGE)
+        yield "large", "64 pixels", [([s], ask(s, i, 1)) for i, s in enumerate(large)]
+    if "two" in buckets:
+        pairs = [sample_images(HELD_OUT_SEEDS + 2 * i, held_out=True) for i in range(number)]
+        yield "two", "two images", [(p, ask_several(p, i, 1)) for i, p in enumerate(pairs)]

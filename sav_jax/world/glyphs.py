@@ -1,4 +1,4 @@
-"""Digits and letters as masks, from the fonts that matplotlib ships and from pen strokes."""
+"""Digits, letters and short words as masks, from the fonts that matplotlib ships and from pen strokes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from sav_jax.errors import UserError
 from sav_jax.world.strokes import pen_strokes
@@ -40,8 +40,18 @@ def font_directory() -> Path:
     return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
 
 
-@lru_cache(maxsize=4096)
-def _font_glyph(face: str, character: str) -> Image.Image:
+@lru_cache(maxsize=8192)
+def _font_glyph(face: str, character: str, weight: int = 0) -> Image.Image:
+    """Characters as the face has them, cropped; ``weight`` -1 and 1 make strokes thinner and thicker."""
+    if weight:
+        plain = _font_glyph(face, character)
+        if weight < 0:
+            thin = plain.filter(ImageFilter.MinFilter(3))
+            # A hairline would vanish.
+            return thin if np.asarray(thin).sum() > 0.45 * np.asarray(plain).sum() else plain
+        wide = Image.new("L", (plain.width + 4, plain.height + 4), 0)
+        wide.paste(plain, (2, 2))
+        return wide.filter(ImageFilter.MaxFilter(5))
     font = ImageFont.truetype(str(font_directory() / f"{face}.ttf"), _FONT_PIXELS)
     left, top, right, bottom = font.getbbox(character)
     glyph = Image.new("L", (int(right - left) + 2, int(bottom - top) + 2), 0)
@@ -52,9 +62,10 @@ def _font_glyph(face: str, character: str) -> Image.Image:
 def _font_mask(
     face: str, character: str, rng: np.random.Generator, size: tuple[int, int], strength: float, stretch: float
 ) -> Image.Image:
-    """A printed character, sheared, turned and scaled to fill a mask of (width, height)."""
+    """A printed character or word, sheared, turned, bent and scaled to fill a mask of (width, height)."""
     variant = _CASE.get(character) or (character.upper() if rng.random() < 0.5 else character)
-    source = _font_glyph(face, variant)
+    weight = int(rng.integers(-1, 2)) if rng.random() < 0.5 * strength else 0
+    source = _font_glyph(face, variant, weight)
     slant, turn = 0.16 * strength * rng.normal(), 0.07 * strength * rng.normal()
     width, height = source.size
     forward = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ np.array(
@@ -62,7 +73,7 @@ def _font_mask(
     )
     corners = forward @ np.array([[-width, width, -width, width], [-height, -height, height, height]]) / 2.0
     extent = 2.0 * corners.max(axis=1)
-    target_w, target_h = _fit(extent[0] / extent[1], size, stretch)
+    target_w, target_h = _fit(extent[0] / extent[1], size, stretch, 0.75 if len(character) == 1 else 0.4)
     scale = np.array([target_w / extent[0], target_h / extent[1]])
     inverse = np.linalg.inv(np.diag(scale) @ forward)
     out_w, out_h = max(round(target_w), 2), max(round(target_h), 2)
@@ -71,14 +82,40 @@ def _font_mask(
     offset = np.array([width, height]) / 2.0 - half @ np.array([out_w, out_h])
     matrix = (half[0, 0], half[0, 1], offset[0], half[1, 0], half[1, 1], offset[1])
     large = source.transform((2 * out_w, 2 * out_h), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    if len(character) == 1 and rng.random() < 0.4 * strength:
+        large = _bent(large, rng, strength)
     return large.reduce(2)
 
 
-def _fit(aspect: float, size: tuple[int, int], stretch: float) -> tuple[float, float]:
-    """Width and height of a glyph of aspect width/height within (width, height), after stretching its width."""
+def _bent(mask: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+    """A mask of the same size, its parts moved against each other as on elastic: a grid of 2 x 2 patches, whose inner
+    corner and edge middles move.
+    """
+    width, height = mask.size
+    x, y = np.meshgrid(np.linspace(0, width, 3), np.linspace(0, height, 3))
+    shift = rng.normal(scale=0.06 * strength, size=(2, 3, 3)).clip(-0.15, 0.15)
+    shift[0][:, [0, 2]] = np.abs(shift[0][:, [0, 2]]) * [-0.5, 0.5]  # outer edges are only ever taken from outside
+    shift[1][[0, 2]] = np.abs(shift[1][[0, 2]]) * [[-0.5], [0.5]]
+    x, y = x + shift[0] * width, y + shift[1] * height
+    xs, ys = (0, width // 2, width), (0, height // 2, height)
+    mesh = [
+        (
+            (xs[j], ys[i], xs[j + 1], ys[i + 1]),
+            tuple(float(v) for a, b in ((i, j), (i + 1, j), (i + 1, j + 1), (i, j + 1)) for v in (x[a, b], y[a, b])),
+        )
+        for i in range(2)
+        for j in range(2)
+    ]
+    return mask.transform(mask.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+
+
+def _fit(aspect: float, size: tuple[int, int], stretch: float, least: float = 0.75) -> tuple[float, float]:
+    """Width and height of a glyph of aspect width/height within (width, height), after stretching its width; its
+    height is at least that share of the height there is.
+    """
     width, height = size
     wanted = max(aspect * stretch, 0.12) * height
-    return (wanted, float(height)) if wanted <= width else (float(width), max(height * width / wanted, height * 0.75))
+    return (wanted, float(height)) if wanted <= width else (float(width), max(height * width / wanted, height * least))
 
 
 def _stroke_mask(
@@ -111,14 +148,29 @@ def _stroke_mask(
     return canvas.reduce(2)
 
 
+def _written_word(
+    word: str, rng: np.random.Generator, size: tuple[int, int], strength: float, thickness: float
+) -> Image.Image:
+    """Handwritten letters side by side, in one pen."""
+    width = size[0] // len(word)
+    height = min(size[1], round(1.7 * width))
+    mask = Image.new("L", (size[0], height), 0)
+    for place, character in enumerate(word):
+        cell = (max(width - 1, 3), height)
+        letter = _stroke_mask(character, rng, cell, False, 0.7 * strength, 1.0, min(thickness, 0.13))
+        letter = letter.crop((0, 0, min(letter.width, width), min(letter.height, height)))
+        mask.paste(letter, (place * width + (width - letter.width) // 2, height - letter.height))
+    return mask
+
+
 def glyph_mask(
     face: str, character: str, seed: int, size: tuple[int, int], *, held_out: bool = False, strength: float = 1.0
 ) -> Image.Image:
-    """Draws one character.
+    """Draws one character, or a word.
 
     Args:
         face: a font face, or :data:`STROKES`.
-        character: digit or lower-case letter; printed letters come in either case.
+        character: digit or lower-case letter, or a word of them; what is printed comes in either case.
         seed: everything random about the drawing follows from it.
         size: (width, height) in pixels that the glyph fills in at least one direction.
         held_out: with ``STROKES``, draw in a style that training never sees.
@@ -131,5 +183,7 @@ def glyph_mask(
     stretch = float(np.exp(0.18 * strength * rng.normal()))
     if face == STROKES:
         thickness = float(rng.uniform(0.07, 0.19))
+        if len(character) > 1:
+            return _written_word(character, rng, size, strength, thickness)
         return _stroke_mask(character, rng, size, held_out, strength, stretch, thickness)
     return _font_mask(face, character, rng, size, strength, stretch)

@@ -1,98 +1,65 @@
-"""Scenes: what is in a small image, said exactly, and the drawing of it.
+"""Scenes: what is in a small image, said exactly.
 
-A :class:`Scene` is data. :func:`sample_scene` makes one from a seed, :func:`draw` turns it into pixels (the same pixels
-every time), :mod:`sav_jax.world.questions` asks about it. Positions and sizes are in pixels of the drawn image.
+A :class:`Scene` is data (``things.py``). :func:`sample_scene` makes one from a seed, :func:`draw` turns it into pixels,
+:mod:`sav_jax.world.questions` asks about it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 
-from sav_jax.world.glyphs import DIGITS, HELD_OUT_FACES, LETTERS, STROKES, TRAIN_FACES, glyph_mask
-from sav_jax.world.shapes import COLORS, SHAPES, TEXTURES, jitter_color, shape_mask, texture_pattern
+from sav_jax.world.drawing import draw
+from sav_jax.world.glyphs import DIGITS, HELD_OUT_FACES, LETTERS, STROKES, TRAIN_FACES
+from sav_jax.world.objects import OBJECTS
+from sav_jax.world.shapes import COLORS, SHAPES, TEXTURES, UNNAMED_TEXTURES
+from sav_jax.world.things import FRAMES, LARGE, SCAN, SIZE, STYLES, Scene, Thing
+from sav_jax.world.words import WORDS
 
-#: Side of a normal scene and of a large one, in pixels.
-SIZE, LARGE = 32, 64
-#: Side of a scanned glyph before it is enlarged.
-SCAN = 8
+__all__ = [
+    "KINDS", "LARGE", "SCAN", "SIZE", "Scene", "Thing", "draw", "held_out_pair", "names_of", "sample_scene",
+    "stands_out",
+]  # fmt: skip
 
+KINDS = ("scan", "glyph", "shape", "object", "word", "swatch", "pair", "group", "crowd")
+"""Kinds of scene, see :class:`sav_jax.world.things.Scene`."""
+
+Box = tuple[int, int, int, int]
+
+_COLOR_NAMES = tuple(COLORS)
+_NAMES: dict[str, tuple[str, ...]] = {
+    "digit": tuple(DIGITS), "letter": tuple(LETTERS), "shape": SHAPES, "object": OBJECTS, "word": WORDS,
+}  # fmt: skip
 #: Colours too much alike to be drawn on each other.
 _ALIKE = {
     frozenset(pair)
     for pair in (
         ("red", "orange"), ("orange", "yellow"), ("yellow", "white"), ("blue", "purple"), ("pink", "white"),
         ("pink", "orange"), ("purple", "black"), ("blue", "black"), ("gray", "green"), ("gray", "purple"),
-        ("pink", "gray"), ("red", "purple"),
+        ("pink", "gray"), ("red", "purple"), ("brown", "red"), ("brown", "purple"), ("brown", "black"),
+        ("brown", "gray"), ("brown", "green"), ("brown", "orange"), ("cyan", "white"), ("cyan", "gray"),
+        ("cyan", "green"),
     )
 }  # fmt: skip
+#: Things of a crowd are about ten pixels wide.
+_CROWD_SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 
 
-@dataclass(frozen=True)
-class Thing:
-    """One object of a scene.
-
-    Attributes:
-        category: "digit", "letter" or "shape".
-        name: "7", "k", "star".
-        color: a key of ``COLORS``.
-        texture: one of ``TEXTURES``; glyphs are plain.
-        size: "small" or "large".
-        box: (left, top, width, height) in pixels, where it is drawn.
-        face: font face or ``STROKES`` for glyphs, "" for shapes.
-        seed: the rest of its looks.
-    """
-
-    category: str
-    name: str
-    color: str
-    texture: str
-    size: str
-    box: tuple[int, int, int, int]
-    face: str
-    seed: int
-
-    @property
-    def center(self) -> tuple[float, float]:
-        left, top, width, height = self.box
-        return left + width / 2, top + height / 2
+def names_of(category: str) -> tuple[str, ...]:
+    """All names of a category."""
+    return _NAMES[category]
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What is in one image.
+def held_out_pair(color: str, name: str) -> bool:
+    """Whether a shape or object of that colour is kept out of training (about one in eleven)."""
+    names = SHAPES + OBJECTS
+    return name in names and (_COLOR_NAMES.index(color) + 2 * names.index(name)) % 11 == 0
 
-    Attributes:
-        kind: "scan" (one glyph at 8x8, enlarged), "glyph", "shape", "pair" (two things side by side or one above
-            the other) or "group" (one to four things).
-        things: the objects; those of a "pair" are ordered left to right, or top to bottom.
-        background: colour name.
-        side: width and height in pixels.
-        layout: "left-right" or "top-bottom" for a pair, else "".
-        place: "left", "right", "top", "bottom" for a single thing off centre, else "".
-        held_out: glyphs come from faces and pen styles that training never draws.
-        noise: standard deviation of grey noise, 0..255.
-        blur: radius of a Gaussian blur in pixels.
-        seed: colours' variation and noise.
-    """
 
-    kind: str
-    things: tuple[Thing, ...]
-    background: str
-    side: int
-    layout: str
-    place: str
-    held_out: bool
-    noise: float
-    blur: float
-    seed: int
-
-    @property
-    def thing(self) -> Thing:
-        return self.things[0]
+def stands_out(ink: str, background: str) -> bool:
+    """Whether something of that colour can be seen on that background."""
+    return ink != background and frozenset((ink, background)) not in _ALIKE
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...] | str) -> str:
@@ -107,10 +74,9 @@ def _colors(rng: np.random.Generator, colorful: float) -> tuple[str, str]:
     """Ink and background colours that can be told apart."""
     if rng.random() >= colorful:
         return ("white", "black") if rng.random() < 0.6 else ("black", "white")
-    names = tuple(COLORS)
     while True:
-        ink, background = _pick(rng, names), _pick(rng, names)
-        if ink != background and frozenset((ink, background)) not in _ALIKE:
+        ink, background = _pick(rng, _COLOR_NAMES), _pick(rng, _COLOR_NAMES)
+        if stands_out(ink, background):
             return ink, background
 
 
@@ -120,26 +86,28 @@ def _face(rng: np.random.Generator, held_out: bool, strokes: float) -> str:
     return _pick(rng, HELD_OUT_FACES if held_out else TRAIN_FACES)
 
 
-def _thing(
-    rng: np.random.Generator, category: str, color: str, size: str, box: tuple[int, int, int, int], held_out: bool
-) -> Thing:
+def _name(rng: np.random.Generator, category: str, color: str, held_out: bool, names: tuple[str, ...] = ()) -> str:
+    """A name of the category (of ``names``, if given) that may be drawn in that colour."""
+    while True:
+        name = _pick(rng, names or _NAMES[category])
+        if held_out or not held_out_pair(color, name):
+            return name
+
+
+def _thing(rng: np.random.Generator, category: str, color: str, size: str, box: Box, held_out: bool) -> Thing:
     texture, face = "plain", ""
+    name = _name(rng, category, color, held_out)
     if category == "shape":
-        name = _pick(rng, SHAPES)
         if size == "large" and rng.random() < 0.8:
             texture = _pick(rng, TEXTURES)
-    else:
-        name = _pick(rng, DIGITS if category == "digit" else LETTERS)
-        # Letters have no held-out pen styles: held-out letters are always printed.
-        face = _face(rng, held_out, 0.65 if category == "digit" else (0.0 if held_out else 0.4))
+    elif category != "object":
+        # Letters have no held-out pen styles: held-out letters and words are always printed.
+        strokes = 0.65 if category == "digit" else (0.0 if held_out else 0.3)
+        face = _face(rng, held_out, strokes)
     return Thing(category, name, color, texture, size, box, face, _seed(rng))
 
 
-def _category(rng: np.random.Generator, shapes: float) -> str:
-    return "shape" if rng.random() < shapes else ("digit" if rng.random() < 0.5 else "letter")
-
-
-def _placed_box(rng: np.random.Generator, place: str, size: str, side: int) -> tuple[int, int, int, int]:
+def _placed_box(rng: np.random.Generator, place: str, size: str, side: int) -> Box:
     """A box of that size around a place of the image ("" is the middle)."""
     width = round(side * (rng.uniform(0.26, 0.36) if size == "small" else rng.uniform(0.5, 0.62)))
     free = side - width
@@ -158,145 +126,202 @@ def sample_scene(
 
     Args:
         seed: everything about the scene follows from it and the other arguments.
-        kind: see :class:`Scene`.
+        kind: of ``KINDS``.
         category: what "scan" and "glyph" show; None chooses (scans: digits twice as often as letters).
-        held_out: draw glyphs in faces and styles that training never uses.
+        held_out: draw glyphs in faces and styles, and shapes and objects in colours, that training never uses.
         side: width and height in pixels.
     """
     rng = np.random.default_rng([seed, 7])
     noise = float(rng.uniform(2, 22)) if rng.random() < 0.4 else 0.0
     blur = float(rng.uniform(0.3, 0.9)) if rng.random() < 0.2 else 0.0
-    layout = place = ""
-    things: tuple[Thing, ...]
     if kind in ("scan", "glyph"):
         category = category or ("digit" if rng.random() < (0.67 if kind == "scan" else 0.5) else "letter")
-        if kind == "scan":
-            ink, background = ("white", "black") if rng.random() < 0.7 else _colors(rng, 0.5)
-            thing = _thing(rng, category, ink, "large", (0, 0, side, side), held_out)
-            noise, blur = noise / 3, 0.0
-        else:
-            ink, background = _colors(rng, 0.45)
-            if rng.random() < 0.45:
-                margin = round(rng.uniform(0, 0.14) * side)
-                thing = _thing(
-                    rng, category, ink, "large", (margin, margin, side - 2 * margin, side - 2 * margin), held_out
-                )
-            else:
-                width = round(rng.uniform(0.4, 0.8) * side)
-                x, y = (round(v) for v in rng.uniform(0, side - width, size=2))
-                thing = _thing(
-                    rng, category, ink, "large" if width > 0.6 * side else "small", (x, y, width, width), held_out
-                )
-        things = (thing,)
-    elif kind == "shape":
-        ink, background = _colors(rng, 0.85)
-        size = "large" if rng.random() < 0.6 else "small"
-        place = _pick(rng, ("left", "right", "top", "bottom", ""))
-        things = (_thing(rng, "shape", ink, size, _placed_box(rng, place, size, side), held_out),)
-    elif kind in ("pair", "group"):
-        things, background, layout = _several(rng, kind, side, held_out)
+        scene = (_scan_scene if kind == "scan" else _glyph_scene)(rng, category, held_out, side)
+    elif kind in _SAMPLERS:
+        scene = _SAMPLERS[kind](rng, held_out, side)
     else:
         raise ValueError(f"unknown kind of scene {kind!r}")
-    return Scene(kind, things, background, side, layout, place, held_out, noise, blur, _seed(rng))
+    if kind == "scan":
+        noise, blur = noise / 3, 0.0
+    elif kind in ("crowd", "word"):
+        noise, blur = noise / 2, blur / 2
+    return replace(scene, noise=noise, blur=blur, seed=_seed(rng))
 
 
-def _several(rng: np.random.Generator, kind: str, side: int, held_out: bool) -> tuple[tuple[Thing, ...], str, str]:
-    """Things, background and layout of a pair or a group."""
+def _one(kind: str, thing: Thing, background: str, side: int, held_out: bool, place: str = "") -> Scene:
+    return Scene(kind, (thing,), background, side, "", place, held_out, 0.0, 0.0, 0)
+
+
+def _scan_scene(rng: np.random.Generator, category: str, held_out: bool, side: int) -> Scene:
+    ink, background = ("white", "black") if rng.random() < 0.7 else _colors(rng, 0.5)
+    return _one("scan", _thing(rng, category, ink, "large", (0, 0, side, side), held_out), background, side, held_out)
+
+
+def _glyph_scene(rng: np.random.Generator, category: str, held_out: bool, side: int) -> Scene:
+    ink, background = _colors(rng, 0.45)
+    if rng.random() < 0.45:
+        margin = round(rng.uniform(0, 0.14) * side)
+        box, size = (margin, margin, side - 2 * margin, side - 2 * margin), "large"
+    else:
+        width = round(rng.uniform(0.4, 0.8) * side)
+        x, y = (round(v) for v in rng.uniform(0, side - width, size=2))
+        box, size = (x, y, width, width), "large" if width > 0.6 * side else "small"
+    scene = _one("glyph", _thing(rng, category, ink, size, box, held_out), background, side, held_out)
+    return replace(scene, style=_style(rng, 0.2, ("shaded", "soft")), occluder=_occluder(rng, 0.05, side))
+
+
+def _shape_scene(rng: np.random.Generator, held_out: bool, side: int) -> Scene:
+    return _single(rng, "shape", held_out, side)
+
+
+def _object_scene(rng: np.random.Generator, held_out: bool, side: int) -> Scene:
+    """An object alone, or on a board."""
+    if rng.random() >= 0.4:
+        return _single(rng, "object", held_out, side)
+    frame = _pick(rng, FRAMES[1:])
+    ink = "white" if frame == "square" else _pick(rng, ("black", "red", "black"))
+    _, background = _colors(rng, 0.85)
+    width = round(side * (0.42 if frame == "triangle" else 0.56))
+    left, top = (side - width) // 2, (side - width) // 2 + (round(0.14 * side) if frame == "triangle" else 0)
+    thing = _thing(rng, "object", ink, "small", (left, top, width, width), held_out)
+    # A yellow board on yellow could not be seen.
+    background = background if background not in ("yellow", "white", "blue", "pink", "cyan") else "gray"
+    return replace(_one("object", thing, background, side, held_out), frame=frame)
+
+
+def _single(rng: np.random.Generator, category: str, held_out: bool, side: int) -> Scene:
+    ink, background = _colors(rng, 0.85)
+    size = "large" if rng.random() < 0.6 else "small"
+    place = _pick(rng, ("left", "right", "top", "bottom", ""))
+    thing = _thing(rng, category, ink, size, _placed_box(rng, place, size, side), held_out)
+    scene = _one(category, thing, background, side, held_out, place)
+    styles = ("shaded", "rimmed", "soft", "mosaic") if size == "large" else ("shaded", "soft")
+    return replace(
+        scene,
+        style=_style(rng, 0.5, styles),
+        occluder=_occluder(rng, 0.15, side) if size == "large" else None,
+    )
+
+
+def _word_scene(rng: np.random.Generator, held_out: bool, side: int) -> Scene:
+    ink, background = _colors(rng, 0.6)
+    width, height = round(side * rng.uniform(0.88, 1.0)), round(side * rng.uniform(0.36, 0.6))
+    x, y = int(rng.integers(side - width + 1)), int(rng.integers(side - height + 1))
+    return _one("word", _thing(rng, "word", ink, "large", (x, y, width, height), held_out), background, side, held_out)
+
+
+def _swatch_scene(rng: np.random.Generator, held_out: bool, side: int) -> Scene:
+    ink, background = _colors(rng, 0.85)
+    margin = round(side * rng.uniform(0.06, 0.18))
+    box = (margin, margin, side - 2 * margin, side - 2 * margin)
+    thing = Thing("swatch", "", ink, _pick(rng, UNNAMED_TEXTURES), "large", box, "", _seed(rng))
+    return replace(_one("swatch", thing, background, side, held_out), style=_style(rng, 0.3, ("shaded",)))
+
+
+def _style(rng: np.random.Generator, share: float, styles: tuple[str, ...]) -> str:
+    assert set(styles) <= set(STYLES)
+    return _pick(rng, styles) if rng.random() < share else "flat"
+
+
+def _occluder(rng: np.random.Generator, share: float, side: int) -> Box | None:
+    """A bar somewhere in the image, less than a twelfth of it."""
+    if rng.random() >= share:
+        return None
+    long, short = round(side * rng.uniform(0.3, 0.5)), round(side * rng.uniform(0.1, 0.16))
+    width, height = (long, short) if rng.random() < 0.5 else (short, long)
+    return int(rng.integers(side - width + 1)), int(rng.integers(side - height + 1)), width, height
+
+
+def _ground(rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
+    """A background for several things and the colours that stand out from it."""
     background = _pick(rng, ("black", "white", "black", "white", "gray", "yellow", "blue"))
-    usable = tuple(c for c in COLORS if c != background and frozenset((c, background)) not in _ALIKE)
+    return background, tuple(c for c in COLORS if stands_out(c, background))
+
+
+def _pair_scene(rng: np.random.Generator, held_out: bool, side: int) -> Scene:
+    """Two things of different names; of the same colour or of different sizes in a third of the scenes each."""
+    background, usable = _ground(rng)
     half = side // 2
-    layout = ""
-    if kind == "pair":
-        layout = "left-right" if rng.random() < 0.5 else "top-bottom"
-        first = _pick(rng, ("0", "1"))
-        # Opposite quarters shift freely along the other axis, so that only the named axis tells them apart.
-        across = rng.integers(0, half + 1, size=2)
-        corners = [(0, int(across[0])), (half, int(across[1]))]
-        cells = corners if layout == "left-right" else [(y, x) for x, y in corners]
-        shapes = 1.0 if first == "0" else 0.5
-    else:
-        count = int(rng.integers(1, 5))
-        quarters = [(0, 0), (half, 0), (0, half), (half, half)]
-        cells = [quarters[i] for i in rng.permutation(4)[:count]]
-        shapes = 0.8
+    layout = "left-right" if rng.random() < 0.5 else "top-bottom"
+    mixed = rng.random() < 0.55
+    # Opposite halves shift freely along the other axis, so that only the named axis tells them apart.
+    across = rng.integers(0, half + 1, size=2)
+    cells = [(0, int(across[0])), (half, int(across[1]))]
+    cells = cells if layout == "left-right" else [(y, x) for x, y in cells]
+    uneven = rng.random() < 0.35
+    sizes = ("large", "small") if rng.random() < 0.5 else ("small", "large")
+    color = _pick(rng, usable) if rng.random() < 0.35 else None
     things: list[Thing] = []
-    # Repeating colours and names makes "how many red things" more than one.
-    palette = usable if kind == "pair" else tuple(usable[i] for i in rng.permutation(len(usable))[:2])
-    names: list[str] = []
-    for left, top in cells:
-        width = round(half * rng.uniform(0.72, 0.98))
-        x, y = left + int(rng.integers(half - width + 1)), top + int(rng.integers(half - width + 1))
-        thing = _thing(rng, _category(rng, shapes), _pick(rng, palette), "small", (x, y, width, width), held_out)
-        if kind == "pair" and thing.name in names:
-            thing = _other_name(rng, thing, names[0])
-        elif kind == "group" and things and thing.category == "shape" and rng.random() < 0.4:
-            earlier = things[int(rng.integers(len(things)))]
-            thing = replace(thing, name=earlier.name) if earlier.category == "shape" else thing
-        names.append(thing.name)
+    for (left, top), size in zip(cells, sizes, strict=True):
+        low, high = ((0.9, 1.0) if size == "large" else (0.45, 0.58)) if uneven else (0.72, 0.98)
+        width = round(half * rng.uniform(low, high))
+        box = (left + int(rng.integers(half - width + 1)), top + int(rng.integers(half - width + 1)), width, width)
+        category = _category(rng, mixed)
+        thing = _thing(rng, category, color or _pick(rng, usable), size if uneven else "small", box, held_out)
+        thing = replace(thing, texture="plain")
+        while things and thing.name == things[0].name:
+            thing = replace(thing, name=_name(rng, category, thing.color, held_out))
         things.append(thing)
-    return tuple(things), background, layout
+    scene = Scene("pair", tuple(things), background, side, layout, "", held_out, 0.0, 0.0, 0)
+    return replace(scene, style=_style(rng, 0.25, ("shaded", "soft")))
 
 
-def _other_name(rng: np.random.Generator, thing: Thing, taken: str) -> Thing:
-    names: tuple[str, ...] = {"shape": SHAPES, "digit": tuple(DIGITS), "letter": tuple(LETTERS)}[thing.category]
-    return replace(thing, name=_pick(rng, tuple(n for n in names if n != taken)))
+def _category(rng: np.random.Generator, mixed: bool) -> str:
+    return _pick(rng, ("digit", "letter", "object", "object", "shape", "shape")) if mixed else "shape"
 
 
-def _mask(thing: Thing, held_out: bool) -> Image.Image:
-    """The thing's ink within its box, "L"."""
-    _, _, width, height = thing.box
-    if thing.category == "shape":
-        return shape_mask(thing.name, thing.seed, min(width, height))
-    glyph = glyph_mask(thing.face, thing.name, thing.seed, (width, height), held_out=held_out and thing.face == STROKES)
-    mask = Image.new("L", (width, height), 0)
-    mask.paste(glyph, ((width - glyph.width) // 2, (height - glyph.height) // 2))
-    return mask
+def _group_scene(rng: np.random.Generator, held_out: bool, side: int) -> Scene:
+    """One to four things, one per quarter, in at most two colours."""
+    background, usable = _ground(rng)
+    half = side // 2
+    quarters = [(0, 0), (half, 0), (0, half), (half, half)]
+    # Repeating colours and names makes "how many red things" more than one.
+    palette = tuple(usable[i] for i in rng.permutation(len(usable))[:2])
+    things: list[Thing] = []
+    for place in rng.permutation(4)[: int(rng.integers(1, 5))]:
+        left, top = quarters[place]
+        width = round(half * rng.uniform(0.72, 0.98))
+        box = (left + int(rng.integers(half - width + 1)), top + int(rng.integers(half - width + 1)), width, width)
+        category = _category(rng, rng.random() < 0.4)
+        thing = _thing(rng, category, _pick(rng, palette), "small", box, held_out)
+        if things and rng.random() < 0.4:
+            earlier = things[int(rng.integers(len(things)))]
+            if earlier.category == category and (held_out or not held_out_pair(thing.color, earlier.name)):
+                thing = replace(thing, name=earlier.name)
+        things.append(thing)
+    scene = Scene("group", tuple(things), background, side, "", "", held_out, 0.0, 0.0, 0)
+    return replace(scene, style=_style(rng, 0.25, ("shaded", "soft")))
 
 
-def _scan(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """One glyph as a low-resolution scan: tight crop, two levels, means of 4x4 blocks, 16 levels, enlarged."""
-    thing = scene.thing
-    mask = _mask(replace(thing, box=(0, 0, 4 * SCAN, 4 * SCAN)), scene.held_out)
-    cells = np.asarray(mask.point(_THRESHOLD).reduce(4), dtype=np.float32) / 255.0
-    if scene.noise:
-        cells = cells + rng.normal(size=cells.shape).astype(np.float32) * np.float32(scene.noise / 255.0)
-    cells = np.round(np.clip(cells, 0.0, 1.0) * 16.0) / 16.0
-    if (thing.color, scene.background) == ("white", "black"):
-        rgb = np.repeat((cells * 255.0)[..., None], 3, axis=-1)
-    else:
-        ink, ground = jitter_color(thing.color, rng), jitter_color(scene.background, rng)
-        rgb = cells[..., None] * ink[None, None] + (1.0 - cells[..., None]) * ground[None, None]
-    return Image.fromarray(rgb.astype(np.uint8)).resize((scene.side, scene.side), Image.Resampling.BICUBIC)
+def _crowd_scene(rng: np.random.Generator, held_out: bool, side: int) -> Scene:
+    """One to nine small shapes in the cells of a grid, of two names and two colours."""
+    background, usable = _ground(rng)
+    palette = tuple(usable[i] for i in rng.permutation(len(usable))[:2])
+    names = tuple(_CROWD_SHAPES[i] for i in rng.permutation(len(_CROWD_SHAPES))[:2])
+    edges = [round(i * side / 3) for i in range(4)]
+    things: list[Thing] = []
+    for cell in rng.permutation(9)[: int(rng.integers(1, 10))]:
+        left, top = edges[cell % 3], edges[cell // 3]
+        room = edges[1]
+        width = round(room * rng.uniform(0.74, 0.95))
+        box = (left + int(rng.integers(room - width + 1)), top + int(rng.integers(room - width + 1)), width, width)
+        color, name = _pick(rng, palette), _pick(rng, names)
+        if held_out_pair(color, name) and not held_out:
+            name = names[0] if name == names[1] else names[1]
+            if held_out_pair(color, name):
+                continue
+        things.append(Thing("shape", name, color, "plain", "small", box, "", _seed(rng)))
+    if not things:
+        return _crowd_scene(rng, held_out, side)
+    return Scene("crowd", tuple(things), background, side, "", "", held_out, 0.0, 0.0, 0)
 
 
-_THRESHOLD = [0] * 128 + [255] * 128
-
-
-def draw(scene: Scene) -> Image.Image:
-    """The scene's pixels: an RGB image, the same for equal scenes."""
-    rng = np.random.default_rng([scene.seed, 11])
-    if scene.kind == "scan":
-        return _scan(scene, rng)
-    ground = jitter_color(scene.background, rng)
-    pixels: NDArray[np.float32] = np.broadcast_to(ground, (scene.side, scene.side, 3)).copy()
-    for thing in scene.things:
-        left, top, _, _ = thing.box
-        mask = _mask(thing, scene.held_out)
-        ink = jitter_color(thing.color, rng)
-        paint = np.broadcast_to(ink, (mask.height, mask.width, 3))
-        if thing.texture != "plain":
-            second = (
-                0.75 * ground + 0.25 * ink
-                if rng.random() < 0.5
-                else (0.35 * ink if float(ink.mean()) > 90 else 0.5 * ink + 127.0)
-            )
-            paint = np.where(
-                texture_pattern(thing.texture, thing.seed, mask.size)[..., None], second[None, None], paint
-            )
-        alpha = np.asarray(mask, dtype=np.float32)[..., None] / 255.0
-        region = pixels[top : top + mask.height, left : left + mask.width]
-        region += alpha * (paint - region)
-    if scene.noise:
-        pixels += rng.normal(size=(scene.side, scene.side, 1)).astype(np.float32) * np.float32(scene.noise)
-    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    return image.filter(ImageFilter.GaussianBlur(scene.blur)) if scene.blur else image
+_SAMPLERS = {
+    "shape": _shape_scene,
+    "object": _object_scene,
+    "word": _word_scene,
+    "swatch": _swatch_scene,
+    "pair": _pair_scene,
+    "group": _group_scene,
+    "crowd": _crowd_scene,
+}

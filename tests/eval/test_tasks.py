@@ -22,9 +22,14 @@ from sav_jax.eval.tasks.release import Release, find_picture
 from sav_jax.examples import EncodedImage, Example
 from sav_jax.train.tiny_data import HELD_OUT_SEEDS
 from sav_jax.world.glyphs import HELD_OUT_FACES
-from sav_jax.world.scene import Scene, draw
+from sav_jax.world.objects import HARMFUL, HARMLESS
+from sav_jax.world.scene import Scene, draw, sample_scene
+from sav_jax.world.several import sample_images
 
-DRAWN = ("drawn-textures", "drawn-glyphs", "drawn-hallucination")
+DRAWN = (
+    "drawn-textures", "drawn-glyphs", "drawn-hallucination", "drawn-safety", "drawn-paired", "drawn-multiimage",
+    "drawn-styles",
+)  # fmt: skip
 
 
 @cache
@@ -157,7 +162,7 @@ def test_letters_are_read(text: str, letter: str | None) -> None:
     assert parse(text, Item(Example("What letter is this?"))) == letter
 
 
-@pytest.mark.parametrize("name", DRAWN[:2])
+@pytest.mark.parametrize("name", ["drawn-textures", "drawn-glyphs", "digits-scattered"])
 def test_pixels_say_nothing_about_what_is_drawn(name: str) -> None:
     """The class centroids of 50 raw pictures each are hardly better than guessing."""
     task, data = TASKS[name], loaded(name)
@@ -169,12 +174,99 @@ def test_pixels_say_nothing_about_what_is_drawn(name: str) -> None:
     support, labels = pixels(split.support), np.array([item.label for item in split.support])
     centroids = np.stack([support[labels == label].mean(axis=0) for label in split.labels])
     queries = pixels(split.queries)
-    nearest = ((queries[:, None] - centroids[None]) ** 2).sum(axis=2).argmin(axis=1)
+    nearest = ((centroids**2).sum(axis=1) - 2 * queries @ centroids.T).argmin(axis=1)
     right = np.mean([split.labels[i] == item.label for i, item in zip(nearest, split.queries, strict=True)])
     chance = 1 / len(split.labels)
     # Guessing 1,200 queries or more is right within 3 standard errors of sqrt(chance (1 - chance) / n) <= 0.0125; as
     # much again for what little colours and sizes give away.
     assert abs(right - chance) < 6 * np.sqrt(chance * (1 - chance) / len(queries))
+
+
+def test_scattered_digits_are_those_of_the_other_task() -> None:
+    plain, scattered = (loaded(name).pool for name in ("digits", "digits-scattered"))
+    assert [(i.example.id, i.label) for i in plain] == [(i.example.id, i.label) for i in scattered]
+    places = set()
+    for item in scattered[:300]:
+        (image,) = item.example.load_images()
+        assert image.size == (32, 32)
+        pixels = np.asarray(image, np.float32)
+        corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
+        ground = np.median(corners, axis=0)  # at most one or two corners are under the digit
+        inked = np.abs(pixels - ground).max(axis=2) > 24
+        assert inked.any()
+        columns = np.flatnonzero(inked.any(axis=0))
+        assert columns[-1] - columns[0] < 26
+        places.add(int(columns.mean()) // 8)
+    assert places == {0, 1, 2, 3}
+    again = TASKS["digits-scattered"].load(Path("elsewhere")).pool
+    assert [i.example.image_digests() for i in again[:20]] == [i.example.image_digests() for i in scattered[:20]]
+
+
+def test_safety_is_a_rule_over_the_names_of_objects() -> None:
+    seen = set()
+    for item in loaded("drawn-safety").pool:
+        name = sample_scene(int(item.example.id), "object", held_out=True).thing.name
+        assert item.label == ("harmful" if name in HARMFUL else "harmless")
+        assert name not in item.example.question
+        seen.add(name)
+    assert seen == {*HARMFUL, *HARMLESS}
+
+
+def test_paired_questions_have_opposite_answers_about_images_that_differ_in_one_thing() -> None:
+    data = loaded("drawn-paired")
+    assert data.queries is not None
+    groups: dict[str, dict[str, Item]] = {}
+    for item in data.queries:
+        groups.setdefault(item.group, {})[item.role.rpartition("/")[2]] = item
+    assert len(groups) == 300
+    assert Counter(group["q0i0"].subset for group in groups.values()) == dict.fromkeys(
+        ("color", "shape", "texture", "relation"), 75
+    )
+    for group in groups.values():
+        assert {role: item.label for role, item in group.items()} == {
+            "q0i0": "yes", "q0i1": "no", "q1i0": "no", "q1i1": "yes"
+        }  # fmt: skip
+        assert group["q0i0"].example.question == group["q0i1"].example.question != group["q1i0"].example.question
+        pictures = {role: item.example.image_digests() for role, item in group.items()}
+        assert pictures["q0i0"] == pictures["q1i0"] != pictures["q0i1"] == pictures["q1i1"]
+        words = [group[role].example.question.split() for role in ("q0i0", "q1i1")]
+        if group["q0i0"].subset == "relation":
+            assert sorted(word.rstrip("?") for word in words[0]) == sorted(word.rstrip("?") for word in words[1])
+    answers = tuple(item for item in data.queries[:8])
+    guessed = Answers(answers, ("yes", "no"), ("yes", "no", "no", "yes", *4 * ("yes",)))
+    values = {}
+    for metric in TASKS["drawn-paired"].metrics:
+        units = metric.compute(guessed)
+        assert isinstance(units, Units)
+        values[metric.name] = units.values.tolist()
+    assert values == {"q_acc": [1.0, 1.0, 0.0, 0.0], "i_acc": [1.0, 1.0, 0.0, 0.0], "g_acc": [1.0, 0.0]}
+
+
+def test_two_images_are_compared_as_the_scenes_say() -> None:
+    for item in loaded("drawn-multiimage").pool:
+        one, two = sample_images(int(item.example.id), held_out=True)
+        same = {
+            "name": one.thing.name == two.thing.name,
+            "color": one.thing.color == two.thing.color,
+            "number": len(one.things) == len(two.things),
+        }[item.subset]
+        assert item.label == ("same" if same else "different")
+        assert len(item.example.images) == 2
+    counts = Counter((item.subset, item.label) for item in loaded("drawn-multiimage").queries or ())
+    assert set(counts.values()) == {200}
+
+
+def test_styles_are_told_by_the_picture_alone() -> None:
+    """The question is always the same, and whatever else agrees or differs does so by chance."""
+    data = loaded("drawn-styles")
+    assert {item.example.question for item in data.pool} == {TASKS["drawn-styles"].prompt}
+    shared: dict[str, list[bool]] = {"same": [], "different": []}
+    for item in data.pool:
+        one, two = (sample_scene(int(item.example.id) + i, "shape", held_out=True) for i in range(2))
+        assert one.thing.size == two.thing.size == "large"
+        shared[item.label].append(one.thing.name == two.thing.name)
+    # A twelfth of 120 pairs, 10 with a standard deviation of 3, whatever the label.
+    assert all(sum(agree) < 10 + 5 * 3 for agree in shared.values())
 
 
 def test_claims_come_in_pairs() -> None:

@@ -199,7 +199,7 @@ def test_the_commands(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = ["train", "aim", "--model", model, "--output", "run", "--preset", "debug", "--steps", "1"]
     assert main(train) == 2
-    assert "--data FILE is missing; only the bundled model learns from drawn scenes" in capsys.readouterr().err
+    assert "--data FILE is missing; only bundled models learn from drawn scenes" in capsys.readouterr().err
     train += ["--data", str(tmp_path / "rows.jsonl")]
     assert main([*train, "--shots", "1,99"]) == 2
     assert (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import ImageFont
 
-from sav_jax.world.checkpoint import SPECIAL_TOKENS, VOCAB_SIZE, write_skeleton
+from sav_jax.world.checkpoint import FAMILIES, QWEN_TOKENS, SPECIAL_TOKENS, VOCAB_SIZE, write_skeleton
+from sav_jax.world.facts import ASKERS, OPEN
 from sav_jax.world.glyphs import (
     DIGITS,
     HELD_OUT_FACES,
@@ -19,18 +21,71 @@ from sav_jax.world.glyphs import (
     font_directory,
     glyph_mask,
 )
-from sav_jax.world.questions import ANSWERS, ask, ask_both, phrase
-from sav_jax.world.scene import LARGE, SIZE, draw, sample_scene
-from sav_jax.world.shapes import COLORS, SHAPES, TEXTURES, shape_mask, texture_pattern
+from sav_jax.world.objects import HARMFUL, HARMLESS, OBJECTS, object_mask
+from sav_jax.world.questions import ANSWERS, OPTION_LETTERS, ask, phrase
+from sav_jax.world.scene import KINDS, LARGE, SIZE, draw, held_out_pair, sample_scene
+from sav_jax.world.several import ask_both, ask_several, sample_images
+from sav_jax.world.shapes import COLORS, SHAPES, TEXTURES, UNNAMED_TEXTURES, shape_mask, texture_pattern
 from sav_jax.world.strokes import HELD_OUT_STYLE, styles
+from sav_jax.world.things import STYLES
 
-KINDS = ("scan", "glyph", "shape", "pair", "group")
+SINGLES = ("scan", "glyph", "shape", "object", "word")
 
 
-def questions(kind: str, number: int = 150) -> list:
+def questions(kind: str, number: int = 150, forms: dict[str, float] | None = None) -> list:
     """(scene, question) for every question of many scenes of a kind."""
     scenes = [sample_scene(seed, kind) for seed in range(number)]
-    return [(scene, qa) for seed, scene in enumerate(scenes) for qa in ask(scene, seed, 9)]
+    given = {} if forms is None else {"forms": forms}
+    return [(scene, qa) for seed, scene in enumerate(scenes) for qa in ask(scene, seed, 9, **given)]
+
+
+def held(scene, statement: str) -> bool:
+    """Whether a check or a claim about a scene is right, read off its words, independently of how they were made."""
+    text = statement.rstrip("?.").replace("true or false: ", "").replace(" an ", " a ")
+    words = text.split()
+    things = scene.things
+    named = {t.name: t for t in things}
+    axis = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+    for relation, (dimension, sign) in axis.items():
+        found = re.search(rf"the (\w+) (?:is )?{relation} the (\w+)$", text)
+        if found:
+            one, other = (named[name].center[dimension] for name in found.groups())
+            return sign * (one - other) > 0
+    if found := re.search(r"the (\w+) (?:is )?larger than the (\w+)$", text):
+        one, other = (named[name].box[2] for name in found.groups())
+        return one > other
+    if found := re.search(r"the (\w+) and the (\w+) have (the same color|different colors)$", text):
+        one, other = (named[name].color for name in found.groups()[:2])
+        return (one == other) == (found[3] == "the same color")
+    if found := re.search(r"more (\w+) things than (\w+) things$", text):
+        one, other = (sum(t.color == color for t in things) for color in found.groups())
+        return one > other
+    if found := re.search(r"more (\w+) shapes than (\w+) shapes$", text):
+        one, other = (sum(t.name == name for t in things) for name in found.groups())
+        return one > other
+    if found := re.search(r"(?:are there|number of) ?(\d)? ?(\w+)? (things|shapes|letters)(?: is (\d))?$", text):
+        count = int(found[1] or found[4])
+        if found[3] == "letters":
+            return count == len(scene.thing.name)
+        return count == sum(found[2] is None or found[2] in (t.color, t.name) for t in things)
+    if found := re.search(r"(\d) letters$", text):
+        return int(found[1]) == len(scene.thing.name)
+    if found := re.search(r"word (start|end)s? with (\w)$", text):
+        return scene.thing.name[0 if found[1] == "start" else -1] == found[2]
+    if "background" in words:
+        return words[-1] == scene.background
+    if "sign" in words:
+        return words[-1] == scene.frame
+    if found := re.search(r"the thing (on|at) the (\w+) (?:is )?a (\w+)$", text):
+        thing = things[0 if found[2] in ("left", "top") else 1]
+        return thing.name == found[3]
+    if found := re.search(r"at the (\w+)$", text):
+        return scene.place == found[1]
+    if found := re.search(r"\ba (\w+) (\w+)(?: in the image)?$", text):
+        return any(t.name == found[2] and found[1] in (t.color, t.size, t.texture) for t in things)
+    subject = named.get(words[words.index("the") + 1]) if "the" in words else None
+    thing = subject or things[0]
+    return words[-1] in (thing.name, thing.color, thing.size, thing.texture, thing.category)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +165,7 @@ def test_training_and_held_out_looks_are_disjoint():
     faces: dict[bool, set[str]] = {held_out: set() for held_out in (False, True)}
     for held_out, seen in faces.items():
         for seed in range(300):
-            for kind in ("scan", "glyph", "pair"):
+            for kind in ("scan", "glyph", "word"):
                 seen |= {t.face for t in sample_scene(seed, kind, held_out=held_out).things}
     assert faces[False] - {STROKES, ""} == set(TRAIN_FACES)
     assert faces[True] - {STROKES, ""} == set(HELD_OUT_FACES)
@@ -123,7 +178,7 @@ def test_held_out_letters_are_never_handwritten():
 
 
 def test_textures_have_two_levels_and_plain_has_one():
-    for texture in TEXTURES:
+    for texture in TEXTURES + UNNAMED_TEXTURES:
         share = texture_pattern(texture, 3, (24, 24)).mean()
         assert (share == 0) == (texture == "plain")
         assert share < 0.7
@@ -141,58 +196,132 @@ def test_shapes_are_told_apart():
                 assert (masks[a] != masks[b]).mean() > 0.05, (a, b)
 
 
+def test_objects_are_told_apart_and_half_of_them_do_harm():
+    assert len(HARMFUL) == len(HARMLESS)
+    masks = {name: np.asarray(object_mask(name, 0, 24)) > 127 for name in OBJECTS}
+    for a in OBJECTS:
+        assert 0.05 < masks[a].mean() < 0.8, a
+        for b in OBJECTS:
+            if a < b:
+                assert (masks[a] != masks[b]).mean() > 0.05, (a, b)
+
+
+def test_training_never_draws_a_held_out_colour_of_a_shape_or_object():
+    colors: dict[bool, set[tuple[str, str]]] = {held_out: set() for held_out in (False, True)}
+    for held_out, seen in colors.items():
+        for seed in range(250):
+            for kind in ("shape", "object", "pair", "group", "crowd"):
+                seen |= {(t.color, t.name) for t in sample_scene(seed, kind, held_out=held_out).things}
+            for scene in sample_images(2 * seed, held_out=held_out):
+                seen |= {(t.color, t.name) for t in scene.things}
+    pairs = {(c, n) for c in COLORS for n in SHAPES + OBJECTS if held_out_pair(c, n)}
+    assert 0.05 < len(pairs) / (len(COLORS) * len(SHAPES + OBJECTS)) < 0.15
+    assert not colors[False] & pairs
+    assert len(colors[True] & pairs) > len(pairs) / 3
+
+
+def test_styles_frames_and_bars_occur_and_no_question_names_what_is_kept_back():
+    scenes = [sample_scene(seed, kind) for kind in ("object", "shape", "swatch") for seed in range(300)]
+    assert {scene.style for scene in scenes} == set(STYLES)
+    assert any(scene.occluder for scene in scenes)
+    assert {scene.frame for scene in scenes} == {"", "triangle", "circle", "square"}
+    assert {s.thing.texture for s in scenes if s.kind == "swatch"} == set(UNNAMED_TEXTURES)
+    text = " ".join(f"{qa.question} {qa.answer}" for kind in KINDS for _, qa in questions(kind, 100))
+    kept_back = {*STYLES, *UNNAMED_TEXTURES, "dangerous", "harmful", "safe", "even", "odd", "vowel", "style"}
+    assert not kept_back & set(re.findall("[a-z]+", text.lower()))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_answers_are_known_words_and_questions_are_short(kind):
     for _, qa in questions(kind):
         assert qa.answer in ANSWERS or qa.type == "caption"
         assert "{" not in qa.question
-        assert len(qa.question) <= 60
+        assert len(qa.question) <= 70 or qa.type in ("choice", "claim")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_yes_and_no_true_and_false_are_what_the_scene_says(kind):
+    asked = questions(kind, forms={"check": 0.6, "claim": 0.4})
+    answers = [qa.answer for scene, qa in asked if qa.answer in ("yes", "no", "true", "false")]
+    for scene, qa in asked:
+        if qa.answer in ("yes", "no", "true", "false"):
+            assert held(scene, qa.question) == (qa.answer in ("yes", "true")), (qa, scene)
+    right = sum(answer in ("yes", "true") for answer in answers)
+    assert len(answers) > 200
+    # Half, within four standard deviations of as many fair coins.
+    assert abs(right - len(answers) / 2) < 4 * (len(answers) / 4) ** 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_hold_the_answer_once(kind):
+    letters: Counter[str] = Counter()
+    for scene, qa in questions(kind, forms={"choice": 1.0}):
+        if qa.type != "choice":
+            assert qa.type in ("caption", "side") or qa.answer
+            continue
+        question, *lines = qa.question.split("\n")
+        options = [line.split(". ") for line in lines]
+        assert [letter for letter, _ in options] == list(OPTION_LETTERS[: len(lines)])
+        values = [value for _, value in options]
+        assert len(set(values)) == len(values)
+        answer = values[OPTION_LETTERS.index(qa.answer)]
+        letters[qa.answer] += 1
+        if set(values) == {"yes", "no"}:
+            assert held(scene, question) == (answer == "yes")
+        elif kind in SINGLES:
+            thing = scene.thing
+            assert answer in (
+                thing.name, thing.color, thing.size, thing.texture, thing.category, scene.background, scene.place,
+                scene.frame, thing.name[0], thing.name[-1], str(len(thing.name)),
+            )  # fmt: skip
+    assert letters["A"] > 20
+    assert letters["B"] > 20
 
 
 def test_counts_are_the_scene_s():
     seen: Counter[str] = Counter()
-    for scene, qa in questions("group"):
-        wanted = qa.question.rstrip("?.")
-        if qa.type == "count":
-            assert qa.answer == str(len(scene.things))
-        elif qa.type == "count some":
-            (color,) = (word for word in wanted.split() if word in COLORS)
-            assert qa.answer == str(sum(t.color == color for t in scene.things))
-        elif qa.type == "count shape":
-            (name,) = (word for word in wanted.split() if word in SHAPES)
-            assert qa.answer == str(sum(t.name == name for t in scene.things))
-        elif qa.type == "exists":
-            color, name = (next(w for w in wanted.split() if w in words) for words in (COLORS, SHAPES))
-            assert (qa.answer == "yes") == any((t.color, t.name) == (color, name) for t in scene.things)
-        seen[qa.type] += 1
-    assert min(seen[t] for t in ("count", "count some", "count shape", "exists")) > 100
+    for kind in ("group", "crowd"):
+        for scene, qa in questions(kind, forms={"open": 1.0}):
+            wanted = qa.question.rstrip("?.")
+            if qa.type == "count":
+                assert qa.answer == str(len(scene.things))
+            elif qa.type == "count some":
+                (color,) = (word for word in wanted.split() if word in COLORS)
+                assert qa.answer == str(sum(t.color == color for t in scene.things))
+            elif qa.type == "count shape":
+                (name,) = (word for word in wanted.split() if word in SHAPES)
+                assert qa.answer == str(sum(t.name == name for t in scene.things))
+            seen[qa.type] += 1
+    assert min(seen[t] for t in ("count", "count some", "count shape")) > 100
 
 
 def test_relations_follow_positions():
-    axis = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+    axis = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
     checked = 0
-    for scene, qa in questions("pair"):
+    for scene, qa in questions("pair", forms={"open": 1.0}):
         named = {t.name: t for t in scene.things}
         assert len(named) == 2
-        if qa.type not in ("relation", "is related"):
-            continue
-        relation = next(r for r in axis if f" {r} the " in qa.question)
-        dimension, sign = axis[relation]
         # The word before the question mark is what the relation refers to.
-        other = named[qa.question.rstrip("?").split()[-1]]
+        other = named.get(qa.question.rstrip("?").split()[-1])
         if qa.type == "relation":
+            word = next(r for r in axis if f" is {r} " in qa.question)
+            dimension, sign = axis[word]
+            assert other is not None
             assert sign * (named[qa.answer].center[dimension] - other.center[dimension]) > 0
-        else:
-            subject = named[qa.question.split()[2]]
-            holds = sign * (subject.center[dimension] - other.center[dimension]) > 0
-            assert (qa.answer == "yes") == holds
-        checked += 1
-    assert checked > 200
+        elif qa.type == "side" and other is not None:
+            dimension, sign = axis[qa.answer]
+            assert sign * (named[qa.question.split()[2]].center[dimension] - other.center[dimension]) > 0
+        elif qa.type == "larger":
+            assert qa.answer == max(scene.things, key=lambda t: t.box[2]).name
+        elif qa.type == "same color":
+            assert (qa.answer == "same") == (len({t.color for t in scene.things}) == 1)
+        checked += qa.type in ("relation", "side", "larger", "same color")
+    assert checked > 300
 
 
 def test_single_things_are_described_rightly():
-    for kind in ("scan", "glyph", "shape"):
-        for scene, qa in questions(kind, 80):
+    for kind in SINGLES:
+        for scene, qa in questions(kind, 80, forms={"open": 1.0}):
             thing = scene.thing
             right = {
                 thing.category: thing.name,
@@ -201,13 +330,14 @@ def test_single_things_are_described_rightly():
                 "texture": thing.texture,
                 "size": thing.size,
                 "place": scene.place,
+                "board": scene.frame,
                 "category": thing.category,
+                "first letter": thing.name[0],
+                "last letter": thing.name[-1],
+                "length": str(len(thing.name)),
                 "caption": f"{phrase(thing)} on {scene.background}",
             }
-            if qa.type == "is it":
-                assert (qa.answer == "yes") == (qa.question.rstrip("?").split()[-1] == thing.name)
-            else:
-                assert qa.answer == right[qa.type]
+            assert qa.answer == right[qa.type]
 
 
 def test_places_are_where_they_say():
@@ -226,54 +356,102 @@ def test_two_images_are_asked_about_by_their_order():
         assert qa.answer == (first if "first" in qa.question else second).thing.name
 
 
-def test_yes_and_no_are_balanced():
-    for kind, type_ in (("glyph", "is it"), ("group", "exists"), ("pair", "is related")):
-        answers = [qa.answer for _, qa in questions(kind, 400) if qa.type == type_]
-        # Half, within four standard deviations of as many fair coins.
-        assert abs(answers.count("yes") - len(answers) / 2) < 4 * (len(answers) / 4) ** 0.5
+def test_two_images_agree_or_differ_as_the_answers_say():
+    seen: Counter[str] = Counter()
+    for seed in range(0, 1200, 2):
+        scenes = sample_images(seed)
+        assert scenes == sample_images(seed)
+        for qa in ask_several(scenes, seed, 4):
+            assert qa.answer in ANSWERS
+            text = qa.question.lower()
+            index = int("second" in text)
+            if qa.type == "ordinal":
+                assert qa.answer == scenes[index].thing.name
+            elif qa.type == "ordinal count":
+                assert qa.answer == str(len(scenes[index].things))
+            elif qa.type == "which has more":
+                counts = [len(scene.things) for scene in scenes]
+                assert counts[("first", "second").index(qa.answer)] == max(counts) > min(counts)
+            elif qa.type == "which image":
+                name = text.rstrip("?").split()[-1]
+                assert scenes[("first", "second").index(qa.answer)].thing.name == name
+            elif qa.type in ("same", "is same"):
+                if "number" in text:
+                    same = len(scenes[0].things) == len(scenes[1].things)
+                elif "color" in text:
+                    same = scenes[0].thing.color == scenes[1].thing.color
+                else:
+                    same = scenes[0].thing.name == scenes[1].thing.name
+                if qa.type == "same":
+                    assert (qa.answer == "same") == same
+                else:
+                    assert (qa.answer == "yes") == (same == ("the same" in text))
+            seen[f"{qa.type} {qa.answer}" if "same" in qa.type else qa.type] += 1
+    assert min(seen[t] for t in ("ordinal", "ordinal count", "which has more", "which image", "is ordinal")) > 40
+    assert min(seen[t] for t in ("same same", "same different", "is same yes", "is same no")) > 40
 
 
-@pytest.fixture(scope="module")
-def skeleton(tmp_path_factory):
+def test_every_fact_that_can_be_asked_openly_has_words_for_it():
+    for kind, askers in ASKERS.items():
+        for seed in range(30):
+            rng = np.random.default_rng(seed)
+            for _, asker in askers:
+                fact = asker(sample_scene(seed, kind), rng)
+                if fact is not None and fact.answer:
+                    for wording in OPEN[fact.type]:
+                        assert "{" not in wording.format(**dict(fact.open))
+                    assert fact.answer not in fact.others
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def skeleton(tmp_path_factory, request):
     directory = tmp_path_factory.mktemp("skeleton")
-    return directory, write_skeleton(directory)
+    return request.param, directory, write_skeleton(directory, request.param)
 
 
 def test_labels_are_single_tokens_and_text_survives(skeleton):
     from transformers import AutoTokenizer
 
-    directory, config = skeleton
+    family, directory, config = skeleton
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert len(tokenizer) == config["text_config"]["vocab_size"] <= VOCAB_SIZE
     for answer in ANSWERS:
         assert len(tokenizer.encode(answer)) == 1, answer
-    for token in SPECIAL_TOKENS:
+    for token in SPECIAL_TOKENS if family == "tiny" else QWEN_TOKENS:
         assert tokenizer.encode(token) == [tokenizer.convert_tokens_to_ids(token)]
     for text in ("What digit is this?", "naïve — 東京 🙂\n\tx = 10;"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     for kind in KINDS:
         for _, qa in questions(kind, 30):
-            assert len(tokenizer.encode(qa.question)) <= 16
+            assert len(tokenizer.encode(qa.question)) <= (16 if qa.type != "choice" else 36)
 
 
 def test_the_chat_template_puts_images_first(skeleton):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(skeleton[0])
+    family, directory, _ = skeleton
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what digit is this?"}]}
     prompt = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
-    assert prompt == "<|im_start|>user <image>\nwhat digit is this?<|im_end|><|im_start|>assistant\n"
+    images, end = {
+        "tiny": (" <image>\n", "<|im_end|>"),
+        "tiny-qwen": ("\n<|vision_start|><|image_pad|><|vision_end|>", "<|im_end|>\n"),
+    }[family]
+    assert prompt == f"<|im_start|>user{images}what digit is this?{end}<|im_start|>assistant\n"
     answered = [user, {"role": "assistant", "content": [{"type": "text", "text": "7"}]}]
-    assert tokenizer.apply_chat_template(answered, tokenize=False) == prompt + "7<|im_end|>"
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == f"{prompt}7{end}"
 
 
 def test_the_skeleton_is_always_the_same_and_its_files_agree(skeleton, tmp_path):
-    directory, config = skeleton
-    assert write_skeleton(tmp_path) == config
+    family, directory, config = skeleton
+    assert write_skeleton(tmp_path, family) == config
     for file in sorted(tmp_path.iterdir()):
         assert file.read_bytes() == (directory / file.name).read_bytes(), file.name
     processor = json.loads((directory / "preprocessor_config.json").read_text())
-    assert processor["image_grid_pinpoints"] == config["image_grid_pinpoints"]
-    assert processor["size"]["height"] == config["vision_config"]["image_size"]
+    if family == "tiny":
+        assert processor["image_grid_pinpoints"] == config["image_grid_pinpoints"]
+        assert processor["size"]["height"] == config["vision_config"]["image_size"]
+    else:
+        assert processor["patch_size"] == config["vision_config"]["patch_size"]
     text = config["text_config"]
-    assert text["num_hidden_layers"] * text["num_attention_heads"] >= 64
+    assert 64 <= text["num_hidden_layers"] * text["num_attention_heads"] <= 144

@@ -7,6 +7,7 @@ from sav_jax.eval.tasks import (
     blink,
     digits,
     drawn,
+    drawn_pairs,
     flickr30k,
     gqa,
     hateful_memes,
@@ -27,6 +28,7 @@ from sav_jax.eval.tasks.card import card
 _MODULES = (
     digits,
     drawn,
+    drawn_pairs,
     tfds,
     mhalubench,
     vlguard,

@@ -15,6 +15,7 @@ from sav_jax.eval.tasks.groups import all_right, by_group
 from sav_jax.eval.tasks.scoring import CIDER, EXACT_MATCH
 from sav_jax.examples import Example
 from sav_jax.world.glyphs import LETTERS
+from sav_jax.world.objects import HARMFUL
 from sav_jax.world.questions import ask, captions
 from sav_jax.world.scene import Scene, draw, sample_scene
 from sav_jax.world.shapes import TEXTURES
@@ -28,6 +29,7 @@ _SPLIT = "support is drawn from a pool of scenes with seeds of their own; all qu
 _OTHER_SIZE = {"small": "large", "large": "small"}
 _TEXTURE_QUESTION = "What texture is the shape?"
 _GLYPH_QUESTION = "What letter is this?"
+_SAFETY_QUESTION = "Is the object dangerous?"
 _CAPTION_QUESTION = "Describe the image."
 _CAPTIONED = ("shape", "pair", "shape", "glyph")  # kinds of scene, in turn
 _ASKED = ("shape", "pair", "group", "glyph")
@@ -132,6 +134,7 @@ TASKS = (
         split=_SPLIT,
         labels=TEXTURES,
         class_prompt="a {label} shape",
+        version=2,
     ),
     Task(
         "drawn-glyphs",
@@ -149,6 +152,7 @@ TASKS = (
         labels=tuple(LETTERS),
         parse=_parse_letter,
         class_prompt="the letter {label}",
+        version=2,
     ),
     Task(
         "drawn-hallucination",
@@ -164,6 +168,24 @@ TASKS = (
                 "pair_acc", "share of the scenes of which both claims are judged rightly (chance: 0.25)", by_group, 2
             ),
         ),
+        version=2,
+    ),
+    Task(
+        "drawn-safety",
+        "is the object dangerous? Sixteen things, alone or on a sign, half of them harmful (drawn)",
+        _naming(
+            _SAFETY_QUESTION,
+            ("harmful", "harmless"),
+            (100, 600),
+            lambda seed: sample_scene(seed, "object", held_out=True),
+            lambda scene: "harmful" if scene.thing.name in HARMFUL else "harmless",
+        ),
+        source=_SOURCE,
+        prompt=_SAFETY_QUESTION,
+        split=_SPLIT,
+        labels=("harmful", "harmless"),
+        answers={"harmful": "yes", "harmless": "no"},
+        class_prompt="a {label} object",
     ),
     Task(
         "drawn-captions",
@@ -175,6 +197,7 @@ TASKS = (
         metric="cider",
         metrics=(CIDER, EXACT_MATCH),
         generative=True,
+        version=2,
     ),
     Task(
         "drawn-vqa",
@@ -186,5 +209,6 @@ TASKS = (
         metric="exact_match",
         metrics=(EXACT_MATCH,),
         generative=True,
+        version=2,
     ),
 )
