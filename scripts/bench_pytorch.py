@@ -360,12 +360,13 @@ class Bench:
         import torch
 
         from sav_jax._scoring import local_mesh, score_heads
+        from sav_jax.models.aligned import aligned_zeros
 
         examples = 20 if self.arguments.quick else 200
         rng = np.random.default_rng(0)
         labels = (np.arange(examples) % 10).astype(np.int32)
-        heads = rng.normal(size=(examples, 784, 128)) + rng.normal(size=(10, 784, 128))[labels]
-        heads = heads.astype(np.float32)
+        heads = aligned_zeros((examples, 784, 128))  # as extract_heads returns them
+        heads[:] = rng.normal(size=heads.shape) + rng.normal(size=(10, 784, 128))[labels]
 
         def loop() -> np.ndarray:
             values = torch.from_numpy(heads)
