@@ -130,7 +130,7 @@ def test_a_step_of_training_for_a_pod(tmp_path: Path, capsys: pytest.CaptureFixt
     again = json.loads(report.json())
     assert again["total"] == report.total
     assert again["collectives"][0]["kind"] == "all-reduce"
-    assert f"of 15.75: {'fits'}" in report.text()
+    assert "of 15.75 GiB: fits" in report.text()
 
 
 def test_reading_prompts_on_a_pod(capsys: pytest.CaptureFixture[str]) -> None:
