@@ -25,7 +25,8 @@ from sav_jax.models.aligned import ALIGNMENT, aligned_empty, is_aligned
 
 _BLOCK_BYTES = 64 * 2**20  # of similarities, on each device
 _CHUNK_BYTES = 256 * 2**20  # of heads, over all devices
-_MAX_BLOCK = 16  # larger ones leave a CPU's caches
+_CACHED_BYTES = 8 * 2**20  # of the heads of a block: larger ones leave a CPU's caches
+_MAX_BLOCK = 16
 _PADDED_BYTES = 16 * 2**20  # of heads: fewer are padded to whole blocks, and numbers alike share a program
 
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -113,10 +114,12 @@ def _plan(
     and take no further memory, all are one chunk.
     """
     share = max(1, -(-examples // mesh.size))
-    limit = min(_MAX_BLOCK, max(1, _BLOCK_BYTES // (4 * block_elements)), 1 << (share - 1).bit_length())
+    cached = max(1, _CACHED_BYTES // max(1, example_bytes))
+    limit = min(_MAX_BLOCK, cached, max(1, _BLOCK_BYTES // (4 * block_elements)), 1 << (share - 1).bit_length())
     block = 1 << (limit.bit_length() - 1)  # powers of two: predicting 5, then 7 examples compiles once
-    chunk = max(_CHUNK_BYTES, examples * example_bytes) if in_place else _CHUNK_BYTES
-    blocks = max(1, chunk // max(1, block * mesh.size * example_bytes))
+    if in_place and share >= block:
+        return block, share * mesh.size
+    blocks = max(1, _CHUNK_BYTES // max(1, block * mesh.size * example_bytes))
     if blocks * block >= share and share >= block and examples * example_bytes > _PADDED_BYTES:
         return block, share * mesh.size
     needed = -(-share // block)
