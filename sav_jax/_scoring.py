@@ -25,7 +25,7 @@ from sav_jax.models.aligned import ALIGNMENT, aligned_empty, is_aligned
 
 _BLOCK_BYTES = 64 * 2**20  # of similarities, on each device
 _CHUNK_BYTES = 256 * 2**20  # of heads, over all devices
-_CACHED_BYTES = 8 * 2**20  # of the heads of a block: larger ones leave a CPU's caches
+_CACHED_BYTES = 16 * 2**20  # of the heads of a block: larger ones leave a CPU's caches
 _MAX_BLOCK = 16
 _PADDED_BYTES = 16 * 2**20  # of heads: fewer are padded to whole blocks, and numbers alike share a program
 
