@@ -195,6 +195,7 @@ def draw(curves: list[Curve], path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(1, len(curves), figsize=(3.1 * len(curves), 3.2), squeeze=False, layout="constrained")
     for axis, curve in zip(axes[0], curves, strict=True):
@@ -202,6 +203,8 @@ def draw(curves: list[Curve], path: Path) -> None:
         axis.loglog(curve.sizes, line, ":", color="0.5", label="in proportion")
         axis.loglog(curve.sizes, [s / curve.seconds[0] for s in curve.seconds], "o-", color="C0", label="measured")
         axis.set(xlabel=curve.what, title=curve.fixed)
+        axis.xaxis.set_minor_formatter(NullFormatter())  # between powers of ten they would overlap
+        axis.set_xticks(shown := [curve.sizes[0], curve.sizes[-1]], [f"{size:,}" for size in shown])
         axis.title.set_fontsize(8)
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("CPU time, as a multiple")
