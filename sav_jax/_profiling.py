@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -105,20 +105,12 @@ class Stopwatch:
         self._ends: list[tuple[float, Future[float]]] = []
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around waiting for a batch."""
+    def taking(self, what: Literal["waiting", "dispatching"]) -> Iterator[None]:
+        """Around waiting for a batch, or the call of a program."""
         since = time.perf_counter()
         yield
         if self._profile is not None:
-            self._profile.waiting += time.perf_counter() - since
-
-    @contextlib.contextmanager
-    def dispatching(self) -> Iterator[None]:
-        """Around the call of a program."""
-        since = time.perf_counter()
-        yield
-        if self._profile is not None:
-            self._profile.dispatching += time.perf_counter() - since
+            setattr(self._profile, what, getattr(self._profile, what) + time.perf_counter() - since)
 
     def dispatched(self, result: Any, examples: int, tokens: int) -> None:
         """After it: what it returned, and how many prompts and tokens it runs over."""

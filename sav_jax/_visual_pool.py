@@ -242,6 +242,6 @@ def _encode_step(module: MultimodalModel) -> Callable[..., jax.Array]:
         tables = tables.astype(pool.dtype)
         tokens = tables[:, :, 1:].reshape(tables.shape[0], math.prod(places.shape), tables.shape[-1])
         pool = pool.at[:, 0].set(tables[:, 0, 0])
-        return pool.at[:, places.reshape(-1)].set(tokens, mode="drop", unique_indices=False)
+        return pool.at[:, places.reshape(-1)].set(tokens, mode="drop")
 
     return step

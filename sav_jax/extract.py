@@ -385,13 +385,13 @@ def run_batches(
             if prepared:
                 plan, future = prepared.popleft()
                 try:
-                    with watch.waiting():
+                    with watch.taking("waiting"):
                         batch, images = future.result()
                 except UserError as error:
                     unreadable = error
                     prepared.clear()
                 else:
-                    with watch.dispatching(), lmm.running():
+                    with watch.taking("dispatching"), lmm.running():
                         batch = put_own_rows(batch, lmm.mesh)
                         if pool is not None:
                             for image in images:

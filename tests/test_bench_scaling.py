@@ -25,7 +25,7 @@ def test_curves_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert f"| {curve['what']} | {curve['sizes'][-1]:,} | 4 |" in printed
     assert "<svg" in (tmp_path / "curves.svg").read_text()
     for patches, tokens, programs in shares:
-        assert 0 < patches < 0.5, "a batch takes in no prompt at more than twice its own work"
+        assert 0 < patches < 0.5, "even of few images, more is shown than padded"
         assert 0 < tokens < 0.5
         assert programs < 100
     assert shares[1][0] < 0.07, "of many images little is padding"
