@@ -5,15 +5,19 @@
     python scripts/bench_loading.py --folder /tmp --layers 4                # a part of it
 
 Writes a LLaVA-OneVision of random numbers once, in files of at most 5 GB as the hub's are, and keeps it. Then, several
-times in turn and each time after the files have left the page cache: their bytes read from start to end by as many
-threads as the loader has, and `sav_jax.load` in a process of its own. Memory is anonymous memory at its peak (what is
-mapped from files can be taken back at any time), beyond the parameters themselves where these live on the host.
+times in turn, each time after the files have left the page cache and each in a process of its own: their bytes read
+from start to end by as many threads as the loader has, and thrown away; the same, but kept; and `sav_jax.load`; the
+last two once more at the end with memory that is new to the process. A system must find and clear such memory, which
+on a virtual machine, that fetches it from its host, can take longer than the disk does; the other runs have had theirs
+from the start. Peak memory is anonymous memory (what is mapped from files can be taken back at any time) of the last
+run, beyond the parameters themselves where these live on the host.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -27,7 +31,10 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from sav_jax.models import reading_weights
+
 GIB = 2**30
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc returns nothing to the system
 
 
 @dataclass(frozen=True)
@@ -75,20 +82,53 @@ def forget(files: list[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_through(files: list[Path], threads: int) -> float:
-    """Seconds to read all bytes."""
-    piece = 16 << 20
-    parts = [(file, at) for file in files for at in range(0, file.stat().st_size, piece)]
+class Processors:
+    """Seconds of processors that this process has used from here on, by itself and by the system for it."""
 
-    def read(part: tuple[Path, int]) -> None:
-        with part[0].open("rb", buffering=0) as stream:
-            stream.seek(part[1])
-            stream.read(piece)
+    def __init__(self) -> None:
+        self._start = resource.getrusage(resource.RUSAGE_SELF)
 
-    start = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
+    def since(self) -> dict[str, float]:
+        now = resource.getrusage(resource.RUSAGE_SELF)
+        return {"user": now.ru_utime - self._start.ru_utime, "system": now.ru_stime - self._start.ru_stime}
+
+
+def touch(size: int) -> None:
+    """Have the machine find so many bytes of memory; the process keeps them (see ``KEEPING``) for whoever asks next."""
+    np.full(size, 1, np.uint8)
+
+
+def read_through(files: list[Path], keep: bool, touched: bool) -> dict[str, float]:
+    """In this process: seconds to read all bytes, each into its own place or all into the same."""
+    piece = 32 << 20
+    sizes = [file.stat().st_size for file in files]
+    starts = np.cumsum([0, *sizes])
+    parts = [
+        (file, at, start)
+        for file, size, start in zip(files, sizes, starts, strict=False)
+        for at in range(0, size, piece)
+    ]
+    whole = np.empty(int(starts[-1]) if keep else 0, np.uint8)
+    own = threading.local()
+
+    def read(part: tuple[Path, int, int]) -> None:
+        file, at, start = part
+        if keep:
+            room = whole[start + at : start + min(at + piece, file.stat().st_size)]
+        else:
+            if not hasattr(own, "room"):
+                own.room = np.empty(piece, np.uint8)
+            room = own.room
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(at)
+            stream.readinto(room.data)
+
+    if touched:
+        touch(int(starts[-1]))
+    used, begin = Processors(), time.perf_counter()
+    with ThreadPoolExecutor(reading_weights.THREADS) as pool:
         list(pool.map(read, parts))
-    return time.perf_counter() - start
+    return {"seconds": time.perf_counter() - begin, "bytes": float(starts[-1])} | used.since()
 
 
 def anonymous() -> int:
@@ -97,16 +137,17 @@ def anonymous() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def load(directory: Path, mesh: str | None) -> dict[str, float]:
+def load(directory: Path, mesh: str | None, touched: bool) -> dict[str, float]:
     """In this process: seconds, and bytes at the peak beyond what was there before and what the parameters take."""
     import jax
-    import jax.numpy as jnp
 
     import sav_jax
     from sav_jax.sharding import mesh_of
 
-    jnp.zeros(8).block_until_ready()
+    sav_jax.load("tiny")
     devices = None if mesh is None else mesh_of(jax.devices(), mesh)
+    if touched:
+        touch(sum(file.stat().st_size for file in directory.glob("*.safetensors")))
     before = anonymous()
     peak, over = [before], threading.Event()
 
@@ -116,15 +157,15 @@ def load(directory: Path, mesh: str | None) -> dict[str, float]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    used, start = Processors(), time.perf_counter()
     lmm = sav_jax.load(directory, dtype="bfloat16", mesh=devices)
     jax.block_until_ready(lmm.params)
-    seconds = time.perf_counter() - start
+    seconds, spent = time.perf_counter() - start, used.since()
     over.set()
     watcher.join()
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(lmm.params))
     on_host = size if jax.default_backend() == "cpu" else 0
-    return {"seconds": seconds, "bytes": size, "beyond": max(peak) - before - on_host}
+    return {"seconds": seconds, "bytes": size, "beyond": max(peak) - before - on_host} | spent
 
 
 def main(arguments: Arguments) -> None:
@@ -135,31 +176,53 @@ def main(arguments: Arguments) -> None:
         write(directory, arguments.layers, arguments.small)
     files = sorted(directory.glob("*.safetensors"))
     sizes = [file.stat().st_size for file in files]
-    threads = min(8, os.cpu_count() or 1)
-    reads, loads = [], []
+    found: dict[str, list[dict[str, float]]] = {"read": [], "read and keep": [], "sav_jax.load": []}
+
+    def measure(what: str, fresh: bool) -> dict[str, float]:
+        forget(files)
+        words = [sys.executable, __file__, "--one", what, str(directory), arguments.mesh or "", str(fresh)]
+        environment = os.environ | ({} if fresh else KEEPING)
+        ran = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True, env=environment)
+        return json.loads(ran.stdout.splitlines()[-1])
+
     for _ in range(arguments.runs):
-        forget(files)
-        reads.append(sum(sizes) / GIB / read_through(files, threads))
-        forget(files)
-        words = [sys.executable, __file__, "--loading", str(directory), arguments.mesh or ""]
-        done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)
-        loads.append(json.loads(done.stdout.splitlines()[-1]))
-    rates = [one["bytes"] / GIB / one["seconds"] for one in loads]
-    beyond = max(one["beyond"] for one in loads)
+        for what, done in found.items():
+            done.append(measure(what, fresh=False))
+    for what in ("read and keep", "sav_jax.load"):
+        found[f"{what}, new memory"] = [measure(what, fresh=True)]
+    rates = {what: [one["bytes"] / GIB / one["seconds"] for one in done] for what, done in found.items()}
     print(
-        f"{sum(sizes) / GIB:.2f} GiB in {len(files)} files, the largest {max(sizes) / GIB:.2f} GiB; {threads} threads\n"
-        f"read from start to end: {statistics.median(reads):.2f} GiB/s ({min(reads):.2f}-{max(reads):.2f})\n"
-        f"sav_jax.load:           {statistics.median(rates):.2f} GiB/s ({min(rates):.2f}-{max(rates):.2f})\n"
-        f"load / read, run by run: {', '.join(f'{b / a:.2f}' for a, b in zip(reads, rates, strict=True))}\n"
+        f"{sum(sizes) / GIB:.2f} GiB in {len(files)} files, the largest {max(sizes) / GIB:.2f} GiB; "
+        f"{reading_weights.THREADS} threads"
+    )
+    for what, values in rates.items():
+        user, system = (
+            statistics.median(one[of] * GIB / one["bytes"] for one in found[what]) for of in ("user", "system")
+        )
+        print(
+            f"{what + ':':26} {statistics.median(values):.2f} GiB/s ({min(values):.2f}-{max(values):.2f}); seconds of "
+            f"processors for each GiB: {user:.2f} by itself, {system:.2f} by the system"
+        )
+    for what in ("read", "read and keep"):
+        shares = [load / read for load, read in zip(rates["sav_jax.load"], rates[what], strict=True)]
+        print(f"load / {what}, run by run: {', '.join(f'{share:.2f}' for share in shares)}")
+    beyond = found["sav_jax.load, new memory"][0]["beyond"]
+    print(
         f"anonymous memory at the peak, beyond the parameters: {beyond / GIB:.2f} GiB "
         f"({beyond / max(sizes):.2f} of the largest file)"
     )
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps({"read": reads, "loads": loads, "files": sizes}, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(found | {"files": sizes}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--loading"]:
-        print(json.dumps(load(Path(sys.argv[2]), sys.argv[3] or None)))
+    if sys.argv[1:2] == ["--one"]:
+        what, folder, mesh, fresh = sys.argv[2:]
+        touched = fresh == "False"
+        if what == "sav_jax.load":
+            found = load(Path(folder), mesh or None, touched)
+        else:
+            found = read_through(sorted(Path(folder).glob("*.safetensors")), what == "read and keep", touched)
+        print(json.dumps(found))
     else:
         main(tyro.cli(Arguments, description=__doc__))

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from flax import traverse_util
 
 from sav_jax.errors import UserError
 from sav_jax.models.aligned import aligned_empty
+from sav_jax.models.reading_weights import Part, Reader, StoredTensor
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -143,24 +142,6 @@ class CheckpointError(UserError):
         super().__init__(f"{where}: weights do not fit config.json: {'; '.join(parts)}")
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Header of one tensor: nothing is read until :meth:`read`."""
-
-    file: Path
-    key: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    offset: int
-
-    def read(self) -> np.ndarray:
-        """The tensor, memory-mapped: pages are read as they are used."""
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape) if self.shape else self._scalar()
-
-    def _scalar(self) -> np.ndarray:
-        return np.fromfile(self.file, self.dtype, 1, offset=self.offset).reshape(())
-
-
 def read_headers(directory: Path) -> Iterator[StoredTensor]:
     """Headers of every tensor of a checkpoint directory, in file order.
 
@@ -245,30 +226,34 @@ def load_params(
     wanted = traverse_util.flatten_dict(abstract, sep="/")
     tensors = _match(directory, table, wanted)
     flat = {}
-    readers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    for entry in table.entries:
-        if entry.copy:
-            _check_copy(entry, table, tensors)
-            continue
-        sources = [tensors[key] for key in entry.stored_keys()]
-        shape = wanted[entry.target].shape
+    with Reader() as reader:
+        for entry in table.entries:
+            if entry.copy:
+                _check_copy(entry, table, tensors)
+                continue
+            sources = [tensors[key] for key in entry.stored_keys()]
+            shape = wanted[entry.target].shape
 
-        def read(index: Any, entry: Entry = entry, sources: list[StoredTensor] = sources) -> np.ndarray:
-            if entry.layers is None:
-                part = entry.to_param(sources[0].read())[index]
-                out = aligned_empty(part.shape, dtype)
-                copy(part, out)
+            def read(index: Any, entry: Entry = entry, sources: list[StoredTensor] = sources) -> np.ndarray:
+                if entry.layers is None:
+                    mapped = sources[0].read()
+                    part = entry.to_param(mapped)[index]
+                    out = aligned_empty(part.shape, dtype)
+                    reader.read([Part(sources[0], mapped, np.asarray(part), out)])
+                    return out
+                wanted_layers = sources[index[0]]
+                mapped_layers = [source.read() for source in wanted_layers]
+                parts = [entry.to_param(mapped)[index[1:]] for mapped in mapped_layers]
+                out = aligned_empty((len(parts), *parts[0].shape), dtype)
+                places = [out[i, ...] for i in range(len(parts))]
+                layers = zip(wanted_layers, mapped_layers, parts, places, strict=True)
+                reader.read([Part(*layer) for layer in layers])
                 return out
-            parts = [entry.to_param(source.read())[index[1:]] for source in sources[index[0]]]
-            out = aligned_empty((len(parts), *parts[0].shape), dtype)
-            list(readers.map(copy, parts, out))  # layers side by side: a copy waits for the disk or for memory
-            return out
 
-        if sharding is None:
-            flat[entry.target] = jax.device_put(read((slice(None),) * len(shape)), may_alias=True)
-        else:
-            flat[entry.target] = jax.make_array_from_callback(shape, sharding(entry.target, shape), read)
-    readers.shutdown()
+            if sharding is None:
+                flat[entry.target] = jax.device_put(read((slice(None),) * len(shape)), may_alias=True)
+            else:
+                flat[entry.target] = jax.make_array_from_callback(shape, sharding(entry.target, shape), read)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -311,32 +296,6 @@ def _match(directory: Path, table: Table, wanted: Mapping[str, Any]) -> dict[str
         if key in tensors and (dtype := tensors[key].dtype) in buffers:
             raise _wrong_dtype(tensors[key].file, tensors[key].key, buffers[dtype])
     return tensors
-
-
-_BLOCK = 256  # numbers along each side of a block: two of them lie in a core's cache
-
-
-def copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy, and cast, an array of any memory layout into a contiguous one.
-
-    In blocks that caches hold. NumPy would go through the target number by number, and in a transposed source touch
-    another line of memory for each (measured: 0.04 GiB/s of a 3,584 x 18,944 matrix, in blocks 0.7).
-    """
-    if source.dtype == target.dtype and source.dtype.itemsize == 2:
-        # As integers, which NumPy moves itself; bfloat16 it would hand over one by one.
-        source, target = source.view(np.uint16), target.view(np.uint16)
-    if source.ndim < 2 or source.flags.c_contiguous:
-        target[...] = source.astype(target.dtype, copy=False)
-        return
-    # The source is contiguous along its axis of the smallest step, the target along its last one.
-    near = min(range(source.ndim), key=lambda axis: (source.shape[axis] == 1, abs(source.strides[axis])))
-    at: list[slice] = [slice(None)] * source.ndim
-    for start in range(0, source.shape[near], _BLOCK):
-        at[near] = slice(start, start + _BLOCK)
-        for other in range(0, source.shape[-1], _BLOCK) if near != source.ndim - 1 else (0,):
-            if near != source.ndim - 1:
-                at[-1] = slice(other, other + _BLOCK)
-            target[tuple(at)] = source[tuple(at)].astype(target.dtype, copy=False)
 
 
 def _check_copy(entry: Entry, table: Table, tensors: Mapping[str, StoredTensor]) -> None:

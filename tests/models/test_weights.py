@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import sav_jax
-from sav_jax.models import weights
+from sav_jax.models import reading_weights
 from sav_jax.models.registry import read_config
 from sav_jax.models.weights import CheckpointError, read_headers, save_checkpoint
 
@@ -55,7 +55,7 @@ def test_copies_of_every_layout(shape: list[int], random: Any, stored: str, want
     source = numbers.astype(jnp.dtype(stored)).transpose(random.sample(range(len(shape)), len(shape)))
     source = source[random.randrange(source.shape[0]) :]
     target = np.empty(source.shape, jnp.dtype(wanted))
-    weights.copy(source, target)
+    reading_weights.copy(source, target)
     np.testing.assert_array_equal(target.astype(np.float32), source.astype(target.dtype).astype(np.float32))
 
 
