@@ -295,7 +295,8 @@ def test_similarities_of_all_examples_never_exist_at_once() -> None:
     """10,000 examples x 784 heads x 1,000 classes would be 31 GB; what the compiler plans for a chunk is bounded."""
     examples, heads, classes, width = 10_000, 784, 1_000, 128
     mesh = mesh_of(1)
-    block, size = _scoring._plan(examples, heads * width * 4, heads * max(classes, width), mesh)
+    block, size = _scoring._plan(examples, heads * width * 4, max(classes, width), mesh)
+    group = _scoring._group(block, heads, max(classes, width))
     shapes = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in (
@@ -306,8 +307,9 @@ def test_similarities_of_all_examples_never_exist_at_once() -> None:
             ((classes,), jnp.int32),
         )
     ]
-    count = _scoring._count_right.lower(*shapes, leave_one_out=True, block=block, mesh=mesh).compile()
-    sums = _scoring._class_sums.lower(*shapes[:2], num_classes=classes, block=block, mesh=mesh).compile()
+    how: dict[str, Any] = {"leave_one_out": True, "block": block, "group": group, "mesh": mesh}
+    count = _scoring._count_right.lower(*shapes, scaled=True, **how).compile()
+    sums = _scoring._class_sums.lower(*shapes[:2], num_classes=classes, mesh=mesh).compile()
     class_sums = heads * classes * width * 4
     assert size * heads * width * 4 <= _scoring._CHUNK_BYTES
     for compiled in (count, sums):
@@ -326,13 +328,17 @@ def test_every_float_dtype_is_float32_inside(dtype: Any) -> None:
     assert sav.predict(jnp.asarray(heads.astype(dtype)) if dtype != np.float64 else heads) == expected.predict(heads)
 
 
-def test_huge_and_tiny_vectors_do_not_overflow() -> None:
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_huge_and_tiny_vectors_do_not_overflow(leave_one_out: bool) -> None:
     heads = separable(LABELS)
-    for factor in (2.0**100, 2.0**-100):
-        sav = SparseAttentionVectors.fit(heads * np.float32(factor), LABELS, 4, leave_one_out=True)
-        np.testing.assert_array_equal(
-            sav.scores, SparseAttentionVectors.fit(heads, LABELS, 4, leave_one_out=True).scores
-        )
+    plain = SparseAttentionVectors.fit(heads, LABELS, 4, leave_one_out=leave_one_out)
+    for factor in (2.0**118, 2.0**100, 2.0**-100, 2.0**-120):
+        sav = SparseAttentionVectors.fit(heads * np.float32(factor), LABELS, 4, leave_one_out=leave_one_out)
+        np.testing.assert_array_equal(sav.scores, plain.scores)
+    of_head = np.float32(2) ** np.array([90, -90, 0], np.float32)[:, None]
+    mixed = heads * of_head  # [N, L, K, H]
+    sav = SparseAttentionVectors.fit(mixed, LABELS, 4, leave_one_out=leave_one_out)
+    np.testing.assert_array_equal(sav.scores, plain.scores)
 
 
 def test_heads_that_begin_where_xla_wants_are_used_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,7 +353,7 @@ def test_heads_that_begin_where_xla_wants_are_used_in_place(monkeypatch: pytest.
     assert own.addressable_shards[0].data.unsafe_buffer_pointer() == first
     assert copied.addressable_shards[0].data.unsafe_buffer_pointer() != shifted.ctypes.data
     np.testing.assert_array_equal(own, copied)
-    sizes = len(heads), heads[:1].nbytes, 6 * 16, mesh
+    sizes = len(heads), heads[:1].nbytes, 16, mesh
     assert _scoring._in_place(heads, mesh)
     assert not _scoring._in_place(shifted, mesh)
     assert not _scoring._in_place(heads[:-1], mesh)
