@@ -47,4 +47,5 @@ def counted() -> Iterator[None]:
         jax.monitoring.unregister_event_listener(on_event)
     if seconds and jax.process_index() == 0:
         kept = f", {found} of them read from the cache" if found else ""
-        print(f"{len(seconds)} programs compiled in {sum(seconds):.1f} s{kept}", file=sys.stderr)
+        programs = "1 program" if len(seconds) == 1 else f"{len(seconds)} programs"
+        print(f"{programs} compiled in {sum(seconds):.1f} s{kept}", file=sys.stderr)

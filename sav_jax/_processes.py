@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import io
 import itertools
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from sav_jax.errors import UserError
 
 _LONGEST = 2000  # bytes of a message
 _LOST = ("Gloo", "Connection closed", "Connection reset", "UNAVAILABLE", "heartbeat", "coordination service")
+_AGAIN = "what is stored is kept: run all of them again"
 _GRACE = 5.0  # seconds in which a process may fail by itself before it is ended
 _runs = itertools.count()
 
@@ -108,13 +111,28 @@ def wait_for_all(moment: str) -> None:
         multihost_utils.sync_global_devices(moment)
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    line = f"JAX has given up (its words are above): another process has ended, or cannot be reached; {_AGAIN}"
+    os.write(2, f"error: {line}\n".encode())
+    os._exit(2)
+
+
+def _speak_when_aborted() -> None:
+    """One line and status 2 instead of a crash where JAX ends this process because the first one is gone, which keeps
+    what they know of each other: it aborts in a thread of its own, out of reach of any exception.
+    """
+    # Python's own signal module would wait for the main thread, which is not asked.
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
+
+
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """What one process raises ends the others, too, which would wait for it in the next collective for ever.
 
     They say which process failed and why, and exit with status 2, unless they fail by themselves within seconds (what
     all of them find out, such as a bad row). A process that was killed says nothing: the others find that they cannot
-    reach it. Processes enter this in the same order.
+    reach it, and say so. Processes enter this in the same order.
 
     Raises:
         UserError: another process cannot be reached.
@@ -124,6 +142,7 @@ def failing_together() -> Iterator[None]:
         return
     from jax._src.distributed import global_state  # JAX has no public way to its key-value store
 
+    _speak_when_aborted()
     client: Any = global_state.client
     run = f"sav_jax/run{next(_runs)}"
     over = threading.Event()
@@ -168,10 +187,7 @@ def failing_together() -> Iterator[None]:
         lost = isinstance(error, jax.errors.JaxRuntimeError) and any(word in said for word in _LOST)
         atexit.register(leave, 2 if lost or isinstance(error, UserError) else 1)
         if lost:
-            raise UserError(
-                f"another process has ended, or cannot be reached ({said[:200]}); what is stored is kept: run all of "
-                "them again"
-            ) from error
+            raise UserError(f"another process has ended, or cannot be reached ({said[:200]}); {_AGAIN}") from error
         raise
     finally:
         over.set()

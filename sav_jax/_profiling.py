@@ -46,8 +46,9 @@ class Profile:
         """One line for people."""
         idle = max(0.0, 1 - self.busy / self.total) if self.total else 0.0
         rate = self.tokens / self.total if self.total else 0.0
+        batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
         return (
-            f"profile: {self.examples} prompts in {self.batches} batches, {self.total:.2f} s; device idle {idle:.1%} "
+            f"profile: {self.examples} prompts in {batches}, {self.total:.2f} s; device idle {idle:.1%} "
             f"of the time; waiting for pictures {self.waiting:.2f} s, compiling and dispatching {self.dispatching:.2f} "
             f"s; {rate:,.0f} tokens/s with padding"
         )

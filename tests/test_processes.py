@@ -109,3 +109,46 @@ def test_killed_resumed_and_as_one_process(rows: Path, buckets: Buckets, monkeyp
     assert one.labels == both.labels
     assert one.heads == both.heads  # scores of heads that read the text alone are rounding: all classes are as near
     assert both.predict(together) == both.predict(alone)
+
+
+def test_losing_the_first_process(tmp_path: Path) -> None:
+    """It keeps what all know of each other: JAX ends the others by an abort, which here is a line and a status, too,
+    whether they wait for a collective, for nothing, or not at all.
+    """
+    waits = ["process_allgather(np.ones(3))", "time.sleep(60)", "[sum(range(1000)) for _ in iter(int, 1)]"]
+    program = """
+import sys, time, jax, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from sav_jax import _processes
+_processes.start(sys.argv[1], 2, int(sys.argv[2]))
+process_allgather(np.ones(3))
+with _processes.failing_together():
+    print("ready", flush=True)
+    {} if sys.argv[2] == "1" else time.sleep(60)
+"""
+    for wait in waits:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            where = f"localhost:{free.getsockname()[1]}"
+        first, second = (
+            subprocess.Popen(
+                [sys.executable, "-c", program.format(wait), where, str(i)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        )
+        try:
+            assert second.stdout is not None
+            assert second.stdout.readline() == "ready\n"
+            first.send_signal(signal.SIGKILL)
+            said = second.communicate(timeout=BOUND)[1].splitlines()[-1]
+            assert second.returncode == 2, said
+            assert "another process has ended, or cannot be reached" in said
+            assert said.endswith("what is stored is kept: run all of them again")
+        finally:
+            for process in (first, second):
+                process.kill()
+                with contextlib.suppress(ValueError):
+                    process.communicate()
