@@ -25,7 +25,7 @@ from flax import linen as nn
 from sav_jax.errors import UserError
 from sav_jax.models import decoder, projectors, vit
 from sav_jax.models.batch import Array, Batch
-from sav_jax.models.decoder import DecoderConfig
+from sav_jax.models.decoder_config import DecoderConfig
 from sav_jax.models.layers import ACTIVATIONS, Projection
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.projectors import PrototypeConfig, PrototypeExtractor

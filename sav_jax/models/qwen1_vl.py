@@ -19,7 +19,7 @@ from einops import rearrange
 from sav_jax.errors import UserError
 from sav_jax.models import qwen1_vision
 from sav_jax.models.batch import Batch
-from sav_jax.models.decoder import DecoderConfig
+from sav_jax.models.decoder_config import DecoderConfig
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.qwen1_vision import Qwen1VisionConfig, Qwen1VisionTower
 from sav_jax.models.weights import Entry, Table, layers_from

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from sav_jax.models import decoder, qwen_vision
 from sav_jax.models.batch import Batch
-from sav_jax.models.decoder import DecoderConfig
+from sav_jax.models.decoder_config import DecoderConfig
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.qwen_vision import QwenVision, QwenVisionConfig
 from sav_jax.models.weights import Table, layers_from
