@@ -56,9 +56,12 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"scripts/bench_gpu\.py", "needs a GPU; tests/test_bench_gpu.py runs it at small sizes"),
     (r"scripts/bench_pytorch\.py", "takes minutes, and is told nothing by small sizes"),
     (r"scripts/measure_(aim|sq)\.py", "takes minutes; tests/eval, tests/train run them at small sizes"),
-    (r"scripts/train_tiny(_gpu)?\.(py|sh)", "hours; tests/train/test_train_tiny.py trains both layouts"),
+    (r"scripts/train_tiny_gpu\.sh|train_tiny\.py --preset tiny", "takes hours; the debug presets are run"),
 )
 """Commands that are not run (a pattern, and why): their options must be ones that the command has."""
+
+OTHERS = ("cmp",)
+"""Other programs that are run as they are."""
 
 OF_OTHERS = ("--kill-on-bad-exit", "--nodes", "--editable", "--help", "--ntasks-per-node", "--worker")
 """Options of other programs that the text speaks of."""
