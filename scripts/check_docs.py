@@ -395,8 +395,8 @@ def check(paths: Sequence[Path], folder: Path) -> Report:
             if "gs://bucket/" in path.read_text(encoding="utf-8"):
                 stack.enter_context(tables.buckets(work))
             names: dict[str, Any] = {"__name__": "__main__"}
-            given = tables.GIVEN.get(str(path.relative_to(ROOT)), "")
-            exec(given, names)
+            with heard():
+                exec(tables.GIVEN.get(file_name(path), ""), names)
             check_text(path, report, every)
             for block in of_page(path):
                 if block.language in PYTHON:
