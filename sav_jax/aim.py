@@ -299,6 +299,24 @@ class DemonstrationBank:
 
     Attributes:
         passes: demonstrations that were run through the model.
+
+    Example:
+        >>> import numpy as np
+        >>> import sav_jax
+        >>> from PIL import Image
+        >>> from sav_jax.aim import Aim, DemonstrationBank, Layout, after_demonstrations
+        >>> from sav_jax.models.fusion import FusionConfig, initial_params
+        >>> lmm = sav_jax.load("tiny")
+        >>> config = FusionConfig(lmm.config.text.hidden_size)
+        >>> params = initial_params(config, seed=0, initial="identity", length=1.0)  # or load_aim("runs/aim")
+        >>> bank = DemonstrationBank(lmm, Aim(Layout(), config, params, lmm.fingerprint, lmm.name))
+        >>> red, blue = (Image.new("RGB", (32, 32), color) for color in ("red", "blue"))
+        >>> (tokens,) = bank.get([sav_jax.Example("what is it?", (red,), label="red")])
+        >>> tokens.values.shape[1], bank.passes  # as wide as the model's embeddings; one pass
+        (192, 1)
+        >>> asked = after_demonstrations(sav_jax.Example("what is it?", (blue,)), [tokens], bank.aim.layout)
+        >>> asked.question.splitlines()
+        ['<demonstration>', '<image>', 'what is it?']
     """
 
     def __init__(self, lmm: LMM, aim: Aim, batch_size: int = 8) -> None:

@@ -107,6 +107,17 @@ class SparseAttentionVectors:
         Raises:
           UserError: if shapes, labels or options do not fit together, there are fewer than two classes, or a head
             vector holds NaN or infinity; it names the example.
+
+        Example:
+          >>> import numpy as np
+          >>> import sav_jax
+          >>> rng = np.random.default_rng(0)
+          >>> heads = rng.normal(size=(12, 2, 4, 8)).astype(np.float32)  # 12 examples, 2 layers of 4 heads, 8 wide
+          >>> labels = ["cat", "dog"] * 6
+          >>> heads[:, 1, 2] += 3 * np.tile([1, -1], 6)[:, None]  # one head tells them apart
+          >>> sav = sav_jax.SparseAttentionVectors.fit(heads, labels, num_heads=1)
+          >>> sav.heads, int(sav.scores[1, 2]), sav.labels
+          (((1, 2),), 12, ('cat', 'dog'))
         """
         heads = _checked_heads(heads)
         if len(labels) != len(heads):
@@ -171,6 +182,14 @@ class SparseAttentionVectors:
 
         Raises:
           UserError: if the shape does not fit or a selected head vector holds NaN or infinity.
+
+        Example:
+          >>> import numpy as np
+          >>> import sav_jax
+          >>> heads = np.ones((4, 1, 2, 3), np.float32) * np.array([1, -1, 1, -1], np.float32)[:, None, None, None]
+          >>> sav = sav_jax.SparseAttentionVectors.fit(heads, ["up", "down", "up", "down"], num_heads=2)
+          >>> sav.predict(heads[:2]), sav.votes(heads[:2]).tolist()  # columns: down, up
+          (['up', 'down'], [[0, 2], [2, 0]])
         """
         return self._decide(*self._classify(heads, mesh))
 
@@ -210,6 +229,16 @@ class SparseAttentionVectors:
 
         Raises:
           UserError: if the folder cannot be written.
+
+        Example:
+          >>> import numpy as np
+          >>> import sav_jax
+          >>> heads = np.ones((4, 1, 2, 3), np.float32) * np.array([1, -1, 1, -1], np.float32)[:, None, None, None]
+          >>> sav = sav_jax.SparseAttentionVectors.fit(heads, ["up", "down", "up", "down"], num_heads=2)
+          >>> sav.save("up-or-down", metadata={"question": "Which way?"})
+          >>> again = sav_jax.load_classifier("up-or-down")
+          >>> again.predict(heads[:2]), again.metadata["question"]
+          (['up', 'down'], 'Which way?')
         """
         from safetensors.numpy import save
 

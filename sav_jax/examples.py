@@ -113,6 +113,13 @@ class Example:
 
     Raises:
       UserError: if the question is empty or holds marks that do not match images and videos, or no frames are shown.
+
+    Example:
+      >>> import sav_jax
+      >>> from PIL import Image
+      >>> blue = Image.new("RGB", (32, 32), "blue")
+      >>> sav_jax.Example("what color is the background?", (blue,), label="blue").marked_question().splitlines()
+      ['<image>', 'what color is the background?']
     """
 
     question: str
@@ -298,6 +305,16 @@ def read_examples(
 
     Raises:
       UserError: naming file, line and field of the first problem, and how many more rows are bad.
+
+    Example:
+      >>> import json, pathlib, sav_jax
+      >>> from PIL import Image
+      >>> Image.new("RGB", (32, 32), "red").save("red.png")
+      >>> row = {"image": "red.png", "question": "what color is the background?", "label": "red"}
+      >>> _ = pathlib.Path("rows.jsonl").write_text(json.dumps(row))
+      >>> (example,) = sav_jax.read_examples("rows.jsonl")
+      >>> example.label, example.source, example.load_images()[0].size
+      ('red', 'rows.jsonl:1', (32, 32))
     """
     root = location(path)
     if question is not None and not question.strip():

@@ -77,6 +77,16 @@ def extract_heads(
     Raises:
         UserError: no such number of layers; an image or video cannot be read, or features are not finite: names the
             row.
+
+    Example:
+        >>> import sav_jax
+        >>> from PIL import Image
+        >>> lmm = sav_jax.load("tiny")
+        >>> pictures = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+        >>> examples = [sav_jax.Example("what color is the background?", (picture,)) for picture in pictures]
+        >>> heads = sav_jax.extract_heads(lmm, examples, progress=False)
+        >>> heads.shape, heads.dtype
+        ((2, 12, 8, 24), dtype('float32'))
     """
     if num_layers is not None:
         lmm = lmm.truncated(num_layers)
@@ -209,6 +219,15 @@ def next_token_logits(lmm: LMM, examples: Sequence[Example], batch_size: int = 8
 
     Returns:
         float32 ``[E, V]``.
+
+    Example:
+        >>> import sav_jax
+        >>> from PIL import Image
+        >>> lmm = sav_jax.load("tiny")
+        >>> asked = [sav_jax.Example("what color is the background?", (Image.new("RGB", (32, 32), "blue"),))]
+        >>> logits = sav_jax.next_token_logits(lmm, asked, progress=False)
+        >>> logits.shape, lmm.processor.tokenizer.decode(logits[0].argmax())
+        ((1, 827), 'blue')
     """
     prompts = plan_prompts(lmm, examples)
     plans = plan_batches(prompts, batch_size, data_size(lmm.mesh))

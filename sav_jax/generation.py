@@ -201,6 +201,14 @@ def generate(
 
     Raises:
         UserError: an image cannot be read, or an option is out of range.
+
+    Example:
+        >>> import sav_jax
+        >>> from PIL import Image
+        >>> lmm = sav_jax.load("tiny")
+        >>> asked = [sav_jax.Example("what color is the background?", (Image.new("RGB", (32, 32), "blue"),))]
+        >>> sav_jax.generate(lmm, asked, max_new_tokens=4, progress=False)[0].text
+        'blue'
     """
     check_sampling(max_new_tokens, temperature, top_k, top_p, seed)
     if prompts is None:
@@ -366,6 +374,16 @@ def score_options(
 
     Raises:
         UserError: an option has no tokens, or two have the same.
+
+    Example:
+        >>> import sav_jax
+        >>> from PIL import Image
+        >>> lmm = sav_jax.load("tiny")
+        >>> asked = [sav_jax.Example("what color is the background?", (Image.new("RGB", (32, 32), "blue"),))]
+        >>> options = ["red", "blue", "green"]
+        >>> scores = sav_jax.score_options(lmm, asked, options, progress=False)  # float32 [1, 3], log-likelihoods
+        >>> options[scores[0].argmax()]
+        'blue'
     """
     table, lengths = option_table(lmm, options)
     prompts = plan_prompts(lmm, examples)

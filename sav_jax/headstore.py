@@ -77,6 +77,17 @@ class HeadStore:
 
     A value whose checksum does not match (a failing disk, a file edited by hand) is an error of `read`, which names the
     file to delete; it is not quietly computed again.
+
+    Example:
+      >>> import numpy as np
+      >>> import sav_jax
+      >>> store = sav_jax.HeadStore.open("cache")
+      >>> heads = np.zeros((2, 12, 8, 24), np.float32)
+      >>> store.write(["a" * 64, "b" * 64], heads)
+      >>> store.missing(["a" * 64, "c" * 64])  # places in the list
+      [1]
+      >>> store.read(["b" * 64]).shape
+      (1, 12, 8, 24)
     """
 
     path: str

@@ -165,6 +165,12 @@ def load(
 
     Raises:
         UserError: no such model, a damaged file, or weights that do not fit the config; names the file.
+
+    Example:
+        >>> import sav_jax
+        >>> lmm = sav_jax.load("tiny")
+        >>> lmm.num_layers, lmm.heads_shape  # layers, heads of each, width
+        (12, (12, 8, 24))
     """
     directory = find_model(path)
     raw = read_config(directory)

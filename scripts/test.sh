@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything a change must pass: ruff, mypy, pytest. Sets itself up on first use; arguments go to pytest:
+# Everything a change must pass: ruff, mypy, pytest, and the documentation's commands. Sets itself up on first use;
+# arguments go to pytest:
 #
 #   bash scripts/test.sh                        # all of it
 #   bash scripts/test.sh tests/test_house.py    # the linters and one file of tests
@@ -35,4 +36,6 @@ XLA_FLAGS=${XLA_FLAGS-"--xla_cpu_use_fusion_emitters=false --xla_backend_optimiz
   run -m "not rounding" || status=$?
 wait "$other" || status=$?
 cat "$rounding"
+# What the documentation says, done: every command and example, at small sizes.
+"$venv_python" scripts/check_docs.py || status=$?
 exit "$status"

@@ -55,7 +55,8 @@ strokes written for this project. Never on a data set.
 only (and the first stage's, small). {several}
 
 Muon for matrices ({muon_rate} peak), AdamW for the rest ({adam_rate} peak), losses in {dtype}; every batch follows from
-the step number, so a killed run resumes to the same weights. To train it again:
+the step number, so a killed run resumes to the same weights, and the same command on the same machine gives the same
+losses and weights, bit for bit (docs/world.md shows it on a shortened run). To train it again:
 
 ```sh
 python scripts/train_tiny.py --preset {family} --run-dir runs/{family} --output sav_jax/models/{family}

@@ -150,6 +150,23 @@ def test_a_run_killed_in_two_stages_ends_with_the_same_weights(finished, tmp_pat
     assert equal(wanted, again.run().params)
 
 
+@pytest.mark.parametrize("name", ["debug", "debug-qwen"])
+def test_the_same_run_twice_has_the_same_losses_and_weights_bit_for_bit(name, tmp_path):
+    """Of both layouts; and so has one that was killed and goes on."""
+    stage = replace(DEBUG.stages[1], steps=8, batch_size=4)
+    recipe = replace(PRESETS[name], stages=(stage,), log_every=1, evaluate_every=100)
+    once, twice = (Trainer(recipe, tmp_path / folder) for folder in ("once", "twice"))
+    killed = copy(once)  # which shares compiled functions alone
+    killed.directory = shutil.copytree(once.directory, tmp_path / "killed")
+    wanted = once.run(stop_after=4).params
+    assert equal(wanted, twice.run(stop_after=4).params)
+    killed.save(killed.run(stop_after=2))
+    assert equal(wanted, killed.run(stop_after=2).params)
+    losses = [{row["step"]: row["loss"] for row in rows(trainer)} for trainer in (once, twice, killed)]
+    assert losses[0] == losses[1] == losses[2]
+    assert sorted(losses[0]) == [1, 2, 3, 4]
+
+
 def test_other_processes_draw_the_same_batches_in_order(finished, tmp_path):
     trainer, _ = finished
     here = list(in_process(trainer.directory, DEBUG, range(6, 12)))

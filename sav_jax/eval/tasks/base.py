@@ -92,6 +92,17 @@ class Task:
       class_prompt: a text about a class, with ``{label}`` in it, for text prototypes and dual encoders.
       generative: whether answers are written freely and scored against ``references``.
       version: raised whenever prompts, labels or examples change: results of different versions are not comparable.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from sav_jax.eval.tasks import find_task, split_task
+      >>> (task,) = find_task("digits")
+      >>> data = task.load(Path("data"))  # this one needs no files
+      >>> len(data.pool), data.pool[0].example.question, data.pool[0].label
+      (1797, 'What digit is this?', '0')
+      >>> split = split_task(task, data, shots=20, seed=0)
+      >>> len(split.support), len(split.queries)
+      (200, 1597)
     """
 
     name: str
