@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tyro
 
+from sav_jax._compiling import keep_programs
 from sav_jax.errors import UserError
 from scripts.reproduction import page
 from scripts.reproduction.study import MODELS, ROOT, Study
@@ -51,6 +52,7 @@ def main(arguments: Arguments) -> None:
         quick=arguments.quick,
         pages=output if arguments.quick else ROOT / "docs",
     )
+    keep_programs(study.cache)
     for part in parts if not arguments.page_only else ():
         code = page.module(part)
         if code is None:

@@ -50,9 +50,9 @@ How to read a row: the difference, in percentage points, is what the claim is ab
 claimed; where a claim has a margin ("no more than one point below"), it is added. In brackets the 95 % interval:
 queries, or groups of queries that belong together, are resampled jointly for both sides and all seeds, every task
 counting alike. A claim *holds* if the whole interval is above 0, *does not hold* if it is below 0, and is *undecided*
-otherwise. The interval says how sure a difference is for other queries; other draws of labelled examples are in it only
-as far as the seeds differ. There are {seeds} seeds, and {number} rows without a correction for their number: an interval
-that ends a hair's breadth above 0 is no law.
+otherwise. The interval says how sure a difference is for other queries; other draws of labelled examples are in it
+only as far as the seeds differ. There are {seeds} seeds, and {number} rows without a correction for their number: an
+interval that ends a hair's breadth above 0 is no law.
 """
 
 
