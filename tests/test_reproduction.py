@@ -226,12 +226,12 @@ def test_the_tower_alone_sees_images_and_no_questions(lmm: sav_jax.LMM) -> None:
     asked = [("What?", pictures[0]), ("Which of them?", pictures[0]), ("What?", pictures[1])]
     items = [Item(Example(question, (picture,))) for question, picture in asked]
     seen, read = tower.pooled(lmm, items)
-    tolerance = {"atol": 1e-6}  # float32, in batches of other lengths
-    np.testing.assert_allclose(seen[0], seen[1], **tolerance)
-    np.testing.assert_allclose(read[0], read[2], **tolerance)
+    tolerance = 1e-6  # float32, in batches of other lengths
+    np.testing.assert_allclose(seen[0], seen[1], atol=tolerance)
+    np.testing.assert_allclose(read[0], read[2], atol=tolerance)
     assert np.abs(seen[0] - seen[2]).max() > 1e-3
     assert np.abs(read[0] - read[1]).max() > 1e-3
-    np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, **tolerance)
+    np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, atol=tolerance)
 
 
 def test_nearest_means() -> None:
