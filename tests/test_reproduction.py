@@ -238,3 +238,60 @@ def test_nearest_means() -> None:
     support = np.array([[1.0, 0.1], [1.0, -0.1], [0.1, 1.0], [-0.1, 3.0]])
     found = tower.nearest_mean(support, np.array([0, 0, 1, 1]), np.array([[2.0, 1.0], [1.0, 2.0]]), 2)
     assert found.tolist() == [0, 1]
+
+
+@pytest.fixture
+def made_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A study whose heads are made by a rule and whose commands answer by lot: everything but models."""
+    tasks = ("drawn-safety", "drawn-hallucination", "drawn-paired")
+    monkeypatch.setattr(rescoring, "QUICK_TASKS", tasks)
+
+    monkeypatch.setattr(study.Study, "limit", 40)
+
+    def read(_: Any, lmm: Any, examples: Sequence[Example]) -> np.ndarray:
+        rows = []
+        for example in examples:
+            rng = np.random.default_rng(sum(example.image_digests()[0].encode()) + len(example.question))
+            sign = 1.0 if example.label in ("harmful", "hallucination", "yes") else -1.0
+            rows.append(rng.standard_normal((12, 8, 4)) + sign * np.linspace(0, 1, 96).reshape(12, 8, 1))
+        return np.array(rows, np.float32)
+
+    def answered(folder: Path, method: str, asked: Sequence[str]) -> dict[str, Any]:
+        rng = np.random.default_rng(len(method))
+        return {task: answers(*rng.integers(2, size=(3, 60))) for task in asked}
+
+    monkeypatch.setattr(heads, "read_examples", read)
+    monkeypatch.setattr(rescoring, "read_examples", read)
+    monkeypatch.setattr(rescoring.sav_jax, "load", lambda _: None)
+    monkeypatch.setattr(study.Study, "command", lambda self, name, *_, **__: self.output / name)
+    for part in (savs, beyond):
+        monkeypatch.setattr(part, "methods_of", answered)
+    monkeypatch.setattr(savs, "unreadable", lambda *_: "")
+
+    def pooled(_: Any, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
+        vectors = read(None, None, [item.example for item in items]).reshape(len(items), -1)
+        return vectors[:, :8], vectors[:, 8:20]
+
+    monkeypatch.setattr(tower, "pooled", pooled)
+    monkeypatch.setattr(beyond, "compute_shares", lambda *_: [(i + 1) / 12 for i in range(12)])
+    return study.Study(tmp_path / "out", ("tiny",), (0, 1), True, tmp_path / "pages", lambda _: None)
+
+
+def test_all_claims_get_a_row_and_a_place_on_the_page(made_study: Any) -> None:
+    verdicts: dict[str, str] = {}
+    for name, part in (("savs", savs), ("beyond", beyond)):
+        found = part.measure(made_study)
+        verdicts |= {finding.claim: finding.verdict for finding in found}
+        claims = [finding.claim for finding in found]
+        assert len(set(claims)) == len(claims) > 9
+        assert {*part.HEADLINES, *part.REASONS} <= set(claims)  # what is said of a claim is of one that is made
+        for finding in found:
+            assert finding.low <= finding.difference <= finding.high, finding.claim
+            assert finding.seeds >= 2
+        made_study.save(name, found, 1.0)
+    assert verdicts["The chosen twenty heads beat twenty random ones."] == "holds"  # later ones know more
+    text = page.write(made_study).read_text()
+    assert "This is the quick form" in text
+    for picture in ("heads", "shots", "transfer", "depth", "calibration"):
+        assert f"(reproduction-{picture}.svg)" in text
+        assert (made_study.pages / f"reproduction-{picture}.svg").stat().st_size > 1000

@@ -36,6 +36,15 @@ from scripts.reproduction.study import Answers, Finding, Study, Table, differenc
 OURS = "beyond the papers"
 BINS = 15
 
+HEADLINES = (
+    f"Scoring heads on examples left out of their class mean chooses better ones ({SHOTS} shots).",
+    "Soft votes beat one vote per head.",
+)
+"""Claims for the README."""
+
+REASONS: dict[str, str] = {}
+"""What one thinks of claims that do not hold."""
+
 
 def measure(study: Study) -> list[Finding]:
     """All findings, model by model."""

@@ -31,6 +31,19 @@ SIMILAR = (
 WITH_TEXT = ("drawn-hallucination", "drawn-paired", "drawn-multiimage")
 """Tasks whose answer depends on the question as much as on the image."""
 
+HEADLINES = (
+    "SAVs beat asking the model (zero-shot), whose written answers are read.",
+    "SAVs beat in-context learning with 4 demonstrations (likeliest answer).",
+    "SAVs beat LoRA on the same examples.",
+    f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.",
+    "Twenty heads beat all heads voting.",
+    "Heads chosen on a similar task beat random ones.",
+)
+"""Claims for the README."""
+
+REASONS: dict[str, str] = {}
+"""What one thinks of claims that do not hold."""
+
 
 def lora_tasks(study: Study) -> tuple[str, ...]:
     """LoRA is trained for every draw: on a few tasks."""
@@ -105,7 +118,7 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         sav,
         methods_of(folder, "zero-shot", tasks),
         names=("sav", "zero-shot"),
-        note=_format(folder, tasks),
+        note=unreadable(folder, tasks),
     )
     add(
         "SAVs beat asking the model, whose likeliest of the offered answers is taken.",
@@ -250,7 +263,7 @@ def methods_of(folder: Path, method: str, tasks: Sequence[str]) -> dict[str, Ans
     return {task: answers_of(folder, task, method) for task in tasks}
 
 
-def _format(folder: Path, tasks: Sequence[str]) -> str:
+def unreadable(folder: Path, tasks: Sequence[str]) -> str:
     """How often the model wrote something that is no answer, where that is often."""
     from sav_jax.eval.stored import Results
 
