@@ -11,7 +11,17 @@ import numpy as np
 from scripts.reproduction.drawing import Line, curves, matrix
 from scripts.reproduction.heads import HEADS, per_task
 from scripts.reproduction.rescoring import NUMBERS, SHOTS, heads_of, rescored, tasks_of
-from scripts.reproduction.study import OUTPUT, Answers, Finding, Study, Table, answers_of, difference, finding
+from scripts.reproduction.study import (
+    OUTPUT,
+    Answers,
+    Finding,
+    Study,
+    Table,
+    answers_of,
+    difference,
+    finding,
+    results_of,
+)
 from scripts.reproduction.tower import TOWER, WITH_WORDS, towers
 
 PAPER = "arXiv 2412.00142"
@@ -19,7 +29,7 @@ MARGIN = 1.0
 """Points that "suffices" and "no worse" allow."""
 
 ASKING = "zero-shot", "zero-shot-likelihood"
-FEATURES = "centroid-last-layer", "centroid-all-layers", "hec", "knn", "logistic"
+FEATURES = "centroid-last-layer", "centroid-all-layers", "hec", "knn", "ridge"
 SIMILAR = (
     ("digits", "digits-scattered"),
     ("digits-scattered", "digits"),
@@ -90,7 +100,7 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         claim: str, source: str, setting: str, better: Mapping[str, Answers], worse: Mapping[str, Answers], **rest: Any
     ) -> None:
         names = rest.pop("names")
-        values = {name: mean(of) for name, of in zip(names, (better, worse), strict=True)}
+        values = rest.pop("curve", None) or {name: mean(of) for name, of in zip(names, (better, worse), strict=True)}
         values |= rest.pop("values", {})
         seeds = len(next(iter(better.values())).values)
         interval = difference(better, worse, rest.pop("margin", 0.0))
@@ -133,7 +143,7 @@ def _of_model(study: Study, model: str) -> list[Finding]:
     for method, how in (("icl", "written answers"), ("icl-likelihood", "likeliest answer")):
         claim = f"SAVs beat in-context learning with 4 demonstrations ({how})."
         add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method))
-    heads, number = rescored(study, model), f"{many}, {{}} heads"
+    heads = rescored(study, model)
     twenty, every = per_task(heads, f"{HEADS} heads"), per_task(heads, "all heads")
     curve = {f"{n} heads": per_task(heads, f"{n} heads") for n in NUMBERS} | {"all heads": every}
     best = max((name for name in curve if name != f"{HEADS} heads"), key=lambda name: mean(curve[name]))
@@ -144,19 +154,19 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         twenty,
         curve[best],
         names=("20 heads", best),
+        curve={name: mean(curve[name]) for name in curve},
         margin=MARGIN,
         note="The best other number is the best on these very queries, which is hard on the claim.",
     )
     add(
         "Twenty heads beat all heads voting.",
         "accuracy over heads",
-        number.format("20 against all"),
+        many,
         twenty,
         every,
         names=("20 heads", "all heads"),
     )
     one = per_task(heads, "1 heads")
-    setting = number.format("20 against 1")
     add(
         "Twenty heads beat the best one alone.",
         "accuracy over heads",
@@ -184,14 +194,14 @@ def _of_model(study: Study, model: str) -> list[Finding]:
             shots[more],
             shots[less],
             names=(f"{more} shots", f"{less} shots"),
-            values={f"{n} shots": mean(shots[n]) for n in NUMBERS},
+            curve={f"{n} shots": mean(shots[n]) for n in NUMBERS},
         )
     _transfers(heads, add)
     folder = asked(study, model)
     for method, what in (("centroid-last-layer", "the last layer's"), ("centroid-all-layers", "all layers'")):
         claim = f"The chosen heads beat {what} features."
         add(claim, "table of version 2", many, sav, methods_of(folder, method, tasks), names=("sav", method))
-    for method, what in (("knn", "nearest neighbours"), ("logistic", "a linear probe")):
+    for method, what in (("knn", "nearest neighbours"), ("ridge", "a linear probe")):
         claim = f"Nearest class means on chosen heads are no more than {MARGIN:g} point below {what} on all heads."
         setting, rival = f"{many}; {MARGIN:g} point added", methods_of(folder, method, tasks)
         add(claim, "choice of classifier", setting, sav, rival, names=("sav", method), margin=MARGIN)
@@ -264,9 +274,7 @@ def methods_of(folder: Path, method: str, tasks: Sequence[str]) -> dict[str, Ans
 
 def unreadable(folder: Path, tasks: Sequence[str]) -> str:
     """How often the model wrote something that is no answer, where that is often."""
-    from sav_jax.eval.stored import Results
-
-    results, told = Results(folder), []
+    results, told = results_of(folder), []
     for task in tasks:
         run = results.run(task, 0, "zero-shot") or results.run(task, SHOTS, "zero-shot")
         assert run is not None
@@ -285,24 +293,37 @@ def tables(study: Study) -> list[Table]:
 def _by_task(study: Study, model: str) -> Table:
     tasks, tuned_tasks = tasks_of(study), lora_tasks(study)
     heads, tower = rescored(study, model), towers(study, model)
-    columns: dict[str, Mapping[str, Answers]] = {
+    methods: dict[str, Mapping[str, Answers]] = {
         "zero-shot": methods_of(asked(study, model), "zero-shot", tasks),
         "likeliest": methods_of(asked(study, model), "zero-shot-likelihood", tasks),
         "icl": methods_of(in_context(study, model), "icl", tasks),
         "icl likeliest": methods_of(in_context(study, model), "icl-likelihood", tasks),
         "lora": methods_of(tuned(study, model), "lora", tuned_tasks),
-        "tower": per_task(tower, TOWER),
+        TOWER: per_task(tower, TOWER),
+        WITH_WORDS: per_task(tower, WITH_WORDS),
         "last layer": methods_of(asked(study, model), "centroid-last-layer", tasks),
         "all layers": methods_of(asked(study, model), "centroid-all-layers", tasks),
         "all heads": per_task(heads, "all heads"),
         "random heads": per_task(heads, "random heads"),
         "knn": methods_of(asked(study, model), "knn", tasks),
-        "logistic": methods_of(asked(study, model), "logistic", tasks),
+        "ridge": methods_of(asked(study, model), "ridge", tasks),
         "hec": methods_of(asked(study, model), "hec", tasks),
         "sav": methods_of(asked(study, model), "sav", tasks),
     }
-    rows = [(task, *(f"{of[task].mean:.1f}" if task in of else "" for of in columns.values())) for task in tasks]
-    return Table(f"Accuracy of `{model}` by task, in %", ("task", *columns), tuple(rows))
+    rows = [
+        (
+            name,
+            *(f"{of[task].mean:.1f}" if task in of else "" for task in tasks),
+            f"{mean(of):.1f}" if len(of) == len(tasks) else "",
+        )
+        for name, of in methods.items()
+    ]
+    note = (
+        f"{SHOTS} shots. Asking (`zero-shot`, `icl`, `lora`), probes, layers and `sav` with three seeds, what is made "
+        f"of chosen heads and the tower with {len(study.seeds)}; `icl` on fewer queries. What the methods are: "
+        "[methods.md](methods.md), [methods-models.md](methods-models.md)."
+    )
+    return Table(f"Accuracy of `{model}` by task, in %", ("method", *tasks, "mean"), tuple(rows), note)
 
 
 def plots(study: Study) -> list[Path]:
