@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,12 @@ SIMILAR = (
 WITH_TEXT = ("drawn-hallucination", "drawn-paired", "drawn-multiimage")
 """Tasks whose answer depends on the question as much as on the image."""
 
+NEW = ("drawn-safety", "digits", "digits-scattered")
+"""What the bundled models were never asked, or never shown."""
+
 HEADLINES = (
     "SAVs beat asking the model (zero-shot), whose written answers are read.",
+    "SAVs beat asking the model where its training never went.",
     "SAVs beat in-context learning with 4 demonstrations (likeliest answer).",
     "SAVs beat LoRA on the same examples.",
     f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.",
@@ -51,7 +55,25 @@ HEADLINES = (
 )
 """Claims for the README."""
 
-REASONS: dict[str, str] = {}
+_STRONG_RIVAL = (
+    "The drawn tasks mostly ask what these models were trained to answer, so that asking is a far stronger rival than in "
+    "the paper, whose models are below chance on its two safety benchmarks; where training never went, SAVs are ahead."
+)
+_FEW_HEADS = (
+    "Twenty are a fifth of these models' 96 heads, and a fortieth of the paper's 784: most heads of so small a model know "
+    "something of every task."
+)
+
+REASONS: dict[str, str] = {
+    "SAVs beat asking the model (zero-shot), whose written answers are read.": _STRONG_RIVAL,
+    "SAVs beat asking the model, whose likeliest of the offered answers is taken.": _STRONG_RIVAL,
+    f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.": _FEW_HEADS,
+    "Twenty heads beat all heads voting.": _FEW_HEADS,
+    f"Nearest class means on chosen heads are no more than {MARGIN:g} point below a linear probe on all heads.": (
+        "96 heads of 24 numbers are few enough for a ridge classifier whose penalty is chosen on the examples; the paper's "
+        "probe has 784 heads of 128."
+    ),
+}
 """What one thinks of claims that do not hold."""
 
 
@@ -80,19 +102,20 @@ def tuned(study: Study, model: str) -> Path:
 def _eval(
     study: Study, model: str, name: str, tasks: Sequence[str], methods: Sequence[str], limit: int, *further: str
 ) -> Path:
-    seeds = ",".join(map(str, study.seeds[:3]))
+    seeds = ",".join(map(str, study.seeds))
     options = {"--shots": str(SHOTS), "--seeds": seeds, "--limit": str(limit)}
     listed = {"--model": model, "--tasks": ",".join(tasks), "--methods": ",".join(methods), **options}
     words = [word for pair in listed.items() for word in pair]
     return study.command(f"savs/{model}/{name}", ["eval", *words, *further, "--output-path", OUTPUT])
 
 
-def measure(study: Study) -> list[Finding]:
+def measure(study: Study) -> Iterator[Finding]:
     """All findings, model by model."""
-    return [one for model in study.models for one in _of_model(study, model)]
+    for model in study.models:
+        yield from _of_model(study, model)
 
 
-def _of_model(study: Study, model: str) -> list[Finding]:
+def _of_model(study: Study, model: str) -> Iterator[Finding]:
     found: list[Finding] = []
     tasks = tasks_of(study)
 
@@ -137,6 +160,16 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         sav,
         methods_of(folder, "zero-shot-likelihood", tasks),
         names=("sav", "zero-shot-likelihood"),
+    )
+    new = [task for task in tasks if task in NEW]
+    add(
+        "SAVs beat asking the model where its training never went.",
+        main,
+        f"{', '.join(new)}; {SHOTS} shots; likeliest answer",
+        {task: sav[task] for task in new},
+        methods_of(folder, "zero-shot-likelihood", new),
+        names=("sav", "zero-shot-likelihood"),
+        note="Nothing in training was called dangerous, and no digit was written by a hand (world.md).",
     )
     folder = in_context(study, model)
     few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
@@ -222,6 +255,8 @@ def _of_model(study: Study, model: str) -> list[Finding]:
             per_task(tower, name, which),
             names=("sav", name),
         )
+    yield from found
+    found.clear()
     folder, some = tuned(study, model), lora_tasks(study)  # last, as it takes longest
     add(
         "SAVs beat LoRA on the same examples.",
@@ -231,7 +266,7 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         methods_of(folder, "lora", some),
         names=("sav", "lora"),
     )
-    return found
+    yield from found
 
 
 def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
@@ -291,14 +326,13 @@ def tables(study: Study) -> list[Table]:
 
 
 def _by_task(study: Study, model: str) -> Table:
-    tasks, tuned_tasks = tasks_of(study), lora_tasks(study)
+    tasks = tasks_of(study)
     heads, tower = rescored(study, model), towers(study, model)
     methods: dict[str, Mapping[str, Answers]] = {
         "zero-shot": methods_of(asked(study, model), "zero-shot", tasks),
         "likeliest": methods_of(asked(study, model), "zero-shot-likelihood", tasks),
         "icl": methods_of(in_context(study, model), "icl", tasks),
         "icl likeliest": methods_of(in_context(study, model), "icl-likelihood", tasks),
-        "lora": methods_of(tuned(study, model), "lora", tuned_tasks),
         TOWER: per_task(tower, TOWER),
         WITH_WORDS: per_task(tower, WITH_WORDS),
         "last layer": methods_of(asked(study, model), "centroid-last-layer", tasks),
@@ -310,6 +344,8 @@ def _by_task(study: Study, model: str) -> Table:
         "hec": methods_of(asked(study, model), "hec", tasks),
         "sav": methods_of(asked(study, model), "sav", tasks),
     }
+    if study.finished(f"savs/{model}/lora"):
+        methods["lora"] = methods_of(tuned(study, model), "lora", lora_tasks(study))
     rows = [
         (
             name,
@@ -319,9 +355,9 @@ def _by_task(study: Study, model: str) -> Table:
         for name, of in methods.items()
     ]
     note = (
-        f"{SHOTS} shots. Asking (`zero-shot`, `icl`, `lora`), probes, layers and `sav` with three seeds, what is made "
-        f"of chosen heads and the tower with {len(study.seeds)}; `icl` on fewer queries. What the methods are: "
-        "[methods.md](methods.md), [methods-models.md](methods-models.md)."
+        f"{SHOTS} shots, {len(study.seeds)} seeds; `icl` on fewer queries. `all heads`, `random heads` and `tower`: "
+        "above; the others are methods of `sav-jax eval` ([methods.md](methods.md), "
+        "[methods-models.md](methods-models.md)): `likeliest` is `zero-shot-likelihood`, layers are `centroid-...`."
     )
     return Table(f"Accuracy of `{model}` by task, in %", ("method", *tasks, "mean"), tuple(rows), note)
 

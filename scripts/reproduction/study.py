@@ -1,6 +1,6 @@
 """What all parts of the study share: where it is kept, commands that are run once, differences and verdicts.
 
-A part is a module with ``measure(study) -> list[Finding]`` and, where it has them, ``tables(study) -> list[Table]`` and
+A part is a module with ``measure(study) -> Iterable[Finding]`` and, where it has them, ``tables(study) -> list[Table]`` and
 ``plots(study) -> list[Path]``. Everything slow goes through :meth:`Study.command` or :meth:`Study.kept`, which do
 nothing the second time, so that a study that was killed goes on where it was.
 """
@@ -172,6 +172,10 @@ class Study:
             raise UserError(f"{line}: ended with {done.returncode}: {''.join(last)} (all of it: {log})")
         _write_json(record, {"key": key, "command": line, "seconds": round(time.perf_counter() - start, 1)})
         return folder
+
+    def finished(self, name: str) -> bool:
+        """Whether a command (:meth:`command`) has been run to its end."""
+        return _json(self.output / f"{name}.json").get("seconds") is not None
 
     def kept(self, name: str, compute: Callable[[], Any], **facts: Any) -> Any:
         """What ``compute`` gives, computed once and kept as JSON.
