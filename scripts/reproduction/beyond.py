@@ -49,8 +49,8 @@ _DEPTH = (
 
 REASONS: dict[str, str] = {
     f"Scoring heads on examples left out of their class mean chooses better ones ({SHOTS} shots).": (
-        "Among twenty examples of a class the help that one gives itself is small and much the same on every head, so that "
-        "both scores choose nearly the same heads."
+        "Among twenty examples of a class the help that one gives itself is small and much the same on every head, so "
+        "that both scores choose nearly the same heads."
     ),
     f"Scoring heads on examples left out of their class mean chooses better ones ({FEW} shots).": (
         "Five examples of a class give many heads the same score, whichever way it is counted: ties decide."

@@ -56,12 +56,12 @@ HEADLINES = (
 """Claims for the README."""
 
 _STRONG_RIVAL = (
-    "The drawn tasks mostly ask what these models were trained to answer, so that asking is a far stronger rival than in "
-    "the paper, whose models are below chance on its two safety benchmarks; where training never went, SAVs are ahead."
+    "The drawn tasks mostly ask what these models were trained to answer, so that asking is a far stronger rival than "
+    "in the paper, whose models are below chance on its two safety benchmarks; where training never went, SAVs are ahead."
 )
 _FEW_HEADS = (
-    "Twenty are a fifth of these models' 96 heads, and a fortieth of the paper's 784: most heads of so small a model know "
-    "something of every task."
+    "Twenty are a fifth of these models' 96 heads, and a fortieth of the paper's 784: most heads of so small a model "
+    "know something of every task."
 )
 
 REASONS: dict[str, str] = {
@@ -70,8 +70,8 @@ REASONS: dict[str, str] = {
     f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.": _FEW_HEADS,
     "Twenty heads beat all heads voting.": _FEW_HEADS,
     f"Nearest class means on chosen heads are no more than {MARGIN:g} point below a linear probe on all heads.": (
-        "96 heads of 24 numbers are few enough for a ridge classifier whose penalty is chosen on the examples; the paper's "
-        "probe has 784 heads of 128."
+        "96 heads of 24 numbers are few enough for a ridge classifier whose penalty is chosen on the examples; the "
+        "paper's probe has 784 heads of 128."
     ),
 }
 """What one thinks of claims that do not hold."""
