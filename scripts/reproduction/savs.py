@@ -57,7 +57,8 @@ HEADLINES = (
 
 _STRONG_RIVAL = (
     "The drawn tasks mostly ask what these models were trained to answer, so that asking is a far stronger rival than "
-    "in the paper, whose models are below chance on its two safety benchmarks; where training never went, SAVs are ahead."
+    "in the paper, whose models are below chance on its two safety benchmarks; where training never went, SAVs are "
+    "ahead."
 )
 _FEW_HEADS = (
     "Twenty are a fifth of these models' 96 heads, and a fortieth of the paper's 784: most heads of so small a model "

@@ -1,8 +1,8 @@
 """What all parts of the study share: where it is kept, commands that are run once, differences and verdicts.
 
 A part is a module with ``measure(study) -> Iterable[Finding]`` and, where it has them, ``tables(study) ->
-list[Table]`` and ``plots(study) -> list[Path]``. Everything slow goes through :meth:`Study.command` or :meth:`Study.kept`, which do
-nothing the second time, so that a study that was killed goes on where it was.
+list[Table]`` and ``plots(study) -> list[Path]``. Everything slow goes through :meth:`Study.command` or
+:meth:`Study.kept`, which do nothing the second time, so that a study that was killed goes on where it was.
 """
 
 from __future__ import annotations
