@@ -70,6 +70,13 @@ REASONS: dict[str, str] = {
     "SAVs beat asking the model, whose likeliest of the offered answers is taken.": _STRONG_RIVAL,
     f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.": _FEW_HEADS,
     "Twenty heads beat all heads voting.": _FEW_HEADS,
+    "Heads chosen on a similar task serve as well as the task's own: no more than 2 points below.": (
+        "What is lost depends on the direction (see the matrix), as in the paper."
+    ),
+    f"Nearest class means on chosen heads are no more than {MARGIN:g} point below nearest neighbours on all heads.": (
+        "Neighbours on all heads are ahead on `drawn-safety` and pairs and far behind on textures: which of the two is "
+        "better depends on the task."
+    ),
     f"Nearest class means on chosen heads are no more than {MARGIN:g} point below a linear probe on all heads.": (
         "96 heads of 24 numbers are few enough for a ridge classifier whose penalty is chosen on the examples; the "
         "paper's probe has 784 heads of 128."
@@ -176,7 +183,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
     few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
     for method, how in (("icl", "written answers"), ("icl-likelihood", "likeliest answer")):
         claim = f"SAVs beat in-context learning with 4 demonstrations ({how})."
-        add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method))
+        note = "No prompt of these models' training had demonstrations: this rival is weak."
+        add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method), note=note)
     heads = rescored(study, model)
     twenty, every = per_task(heads, f"{HEADS} heads"), per_task(heads, "all heads")
     curve = {f"{n} heads": per_task(heads, f"{n} heads") for n in NUMBERS} | {"all heads": every}
