@@ -1,0 +1,1 @@
+"""The study behind docs/reproduction.md: ``python -m scripts.reproduction``."""
