@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -25,3 +26,11 @@ def loaded(name: str) -> Iterator[ModuleType]:
         yield module
     finally:
         del sys.modules[name]
+
+
+def imported(name: str) -> ModuleType:
+    """The module ``scripts.NAME`` of a folder of scripts that is a package."""
+    root = str(SCRIPTS.parent)
+    if root not in sys.path:  # behind everything else: the links for people there are no packages to import
+        sys.path.append(root)
+    return importlib.import_module(f"scripts.{name}")

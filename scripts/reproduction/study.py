@@ -205,13 +205,16 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         for model in self.models:
             rows = [dataclasses.asdict(finding) for finding in findings if finding.model == model]
-            content = {"quick": self.quick, "seconds": round(seconds / len(self.models)), "findings": rows}
+            content = {"quick": self.quick, "seconds": round(seconds / len(self.models)), **machine(), "findings": rows}
             _write_json(folder / f"{part}-{model}.json", content)
+
+    def record(self, part: str, model: str) -> dict[str, Any]:
+        """What :meth:`save` kept of a part and a model; empty if it was not measured."""
+        return _json(self.output / "findings" / f"{part}-{model}.json")
 
     def findings(self, part: str) -> list[Finding]:
         """Those of a part that were kept, claim by claim, models side by side."""
-        files = [self.output / "findings" / f"{part}-{model}.json" for model in MODELS]
-        found = [Finding(**row) for file in files for row in _json(file).get("findings", [])]
+        found = [Finding(**row) for model in MODELS for row in self.record(part, model).get("findings", [])]
         order = list(dict.fromkeys(finding.claim for finding in found))
         return sorted(found, key=lambda finding: order.index(finding.claim))
 
@@ -287,6 +290,29 @@ def answers_of(folder: Path, task: str, method: str, shots: int | None = None) -
     return Answers(
         tuple(of.scores for of in found), tuple(tuple(query.cluster for query in of.queries) for of in found)
     )
+
+
+def machine() -> dict[str, str]:
+    """What the study runs on, in words, and which versions of what."""
+    import platform
+    from importlib.metadata import version
+
+    import jax
+
+    device = jax.devices()[0]
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")  # of Linux
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = names[0] if names else processor
+    where = f"{os.cpu_count()} cores of {processor}"
+    if device.platform != "cpu":
+        where = f"{jax.device_count()} x {device.device_kind}, {where}"
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "numpy", "scikit-learn"))
+    versions = f"sav_jax {sav_jax.__version__}, Python {platform.python_version()}, {libraries}"
+    return {"machine": f"{where}, {platform.system()}", "versions": versions}
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -1,0 +1,332 @@
+"""The claims of the SAVs paper (arXiv 2412.00142)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.reproduction.drawing import Line, curves, matrix
+from scripts.reproduction.heads import HEADS, per_task
+from scripts.reproduction.rescoring import NUMBERS, SHOTS, heads_of, rescored, tasks_of
+from scripts.reproduction.study import OUTPUT, Answers, Finding, Study, Table, answers_of, difference, finding
+from scripts.reproduction.tower import TOWER, WITH_WORDS, towers
+
+PAPER = "arXiv 2412.00142"
+MARGIN = 1.0
+"""Points that "suffices" and "no worse" allow."""
+
+ASKING = "zero-shot", "zero-shot-likelihood"
+FEATURES = "centroid-last-layer", "centroid-all-layers", "hec", "knn", "logistic"
+SIMILAR = (
+    ("digits", "digits-scattered"),
+    ("digits-scattered", "digits"),
+    ("drawn-hallucination", "drawn-paired"),
+    ("drawn-paired", "drawn-hallucination"),
+)
+"""Heads of the first serve the second: naming digits, and checking what is said about a picture."""
+
+WITH_TEXT = ("drawn-hallucination", "drawn-paired", "drawn-multiimage")
+"""Tasks whose answer depends on the question as much as on the image."""
+
+HEADLINES = (
+    "SAVs beat asking the model (zero-shot), whose written answers are read.",
+    "SAVs beat in-context learning with 4 demonstrations (likeliest answer).",
+    "SAVs beat LoRA on the same examples.",
+    f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.",
+    "Twenty heads beat all heads voting.",
+    "Heads chosen on a similar task beat random ones.",
+)
+"""Claims for the README."""
+
+REASONS: dict[str, str] = {}
+"""What one thinks of claims that do not hold."""
+
+
+def lora_tasks(study: Study) -> tuple[str, ...]:
+    """LoRA is trained for every draw: on a few tasks."""
+    return ("drawn-safety",) if study.quick else ("drawn-safety", "digits-scattered")
+
+
+def asked(study: Study, model: str) -> Path:
+    """All methods that read a prompt once."""
+    return _eval(study, model, "methods", tasks_of(study), ("sav", *ASKING, *FEATURES), study.limit)
+
+
+def in_context(study: Study, model: str) -> Path:
+    """In-context learning, whose prompts are five times as long, on some of the queries."""
+    limit = 40 if study.quick else 100
+    return _eval(study, model, "icl", tasks_of(study), ("sav", "icl", "icl-likelihood"), limit)
+
+
+def tuned(study: Study, model: str) -> Path:
+    """LoRA on the same examples."""
+    recipe = ["--lora-rates", "1e-3", "--lora-steps", "30"] if study.quick else ["--lora-rates", "1e-3,3e-3"]
+    return _eval(study, model, "lora", lora_tasks(study), ("sav", "lora", "lora-likelihood"), study.limit, *recipe)
+
+
+def _eval(
+    study: Study, model: str, name: str, tasks: Sequence[str], methods: Sequence[str], limit: int, *further: str
+) -> Path:
+    seeds = ",".join(map(str, study.seeds[:3]))
+    options = {"--shots": str(SHOTS), "--seeds": seeds, "--limit": str(limit)}
+    listed = {"--model": model, "--tasks": ",".join(tasks), "--methods": ",".join(methods), **options}
+    words = [word for pair in listed.items() for word in pair]
+    return study.command(f"savs/{model}/{name}", ["eval", *words, *further, "--output-path", OUTPUT])
+
+
+def measure(study: Study) -> list[Finding]:
+    """All findings, model by model."""
+    return [one for model in study.models for one in _of_model(study, model)]
+
+
+def _of_model(study: Study, model: str) -> list[Finding]:
+    found: list[Finding] = []
+    tasks = tasks_of(study)
+
+    def add(
+        claim: str, source: str, setting: str, better: Mapping[str, Answers], worse: Mapping[str, Answers], **rest: Any
+    ) -> None:
+        names = rest.pop("names")
+        values = {name: mean(of) for name, of in zip(names, (better, worse), strict=True)}
+        values |= rest.pop("values", {})
+        seeds = len(next(iter(better.values())).values)
+        interval = difference(better, worse, rest.pop("margin", 0.0))
+        found.append(
+            finding(
+                "savs",
+                interval,
+                claim=claim,
+                source=f"{PAPER}, {source}",
+                model=model,
+                setting=setting,
+                values=values,
+                seeds=seeds,
+                **rest,
+            )
+        )
+
+    folder, many = asked(study, model), f"mean of {len(tasks)} tasks, {SHOTS} shots"
+    sav = methods_of(folder, "sav", tasks)
+    main = "main table"
+    add(
+        "SAVs beat asking the model (zero-shot), whose written answers are read.",
+        main,
+        many,
+        sav,
+        methods_of(folder, "zero-shot", tasks),
+        names=("sav", "zero-shot"),
+        note=unreadable(folder, tasks),
+    )
+    add(
+        "SAVs beat asking the model, whose likeliest of the offered answers is taken.",
+        main,
+        many,
+        sav,
+        methods_of(folder, "zero-shot-likelihood", tasks),
+        names=("sav", "zero-shot-likelihood"),
+    )
+    folder = in_context(study, model)
+    few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
+    for method, how in (("icl", "written answers"), ("icl-likelihood", "likeliest answer")):
+        claim = f"SAVs beat in-context learning with 4 demonstrations ({how})."
+        add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method))
+    heads, number = rescored(study, model), f"{many}, {{}} heads"
+    twenty, every = per_task(heads, f"{HEADS} heads"), per_task(heads, "all heads")
+    curve = {f"{n} heads": per_task(heads, f"{n} heads") for n in NUMBERS} | {"all heads": every}
+    best = max((name for name in curve if name != f"{HEADS} heads"), key=lambda name: mean(curve[name]))
+    add(
+        f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.",
+        "accuracy over heads",
+        f"{many}; the best other number ({best}), {MARGIN:g} point added",
+        twenty,
+        curve[best],
+        names=("20 heads", best),
+        margin=MARGIN,
+        note="The best other number is the best on these very queries, which is hard on the claim.",
+    )
+    add(
+        "Twenty heads beat all heads voting.",
+        "accuracy over heads",
+        number.format("20 against all"),
+        twenty,
+        every,
+        names=("20 heads", "all heads"),
+    )
+    one = per_task(heads, "1 heads")
+    setting = number.format("20 against 1")
+    add(
+        "Twenty heads beat the best one alone.",
+        "accuracy over heads",
+        setting,
+        twenty,
+        one,
+        names=("20 heads", "1 head"),
+    )
+    random = per_task(heads, "random heads")
+    setting = f"{many}; against the mean of twenty random sets"
+    add(
+        "The chosen twenty heads beat twenty random ones.",
+        "method",
+        setting,
+        twenty,
+        random,
+        names=("chosen", "random"),
+    )
+    shots = {n: per_task(heads, f"{n} shots", sheet="shots") for n in NUMBERS}
+    for more, less in ((20, 5), (50, 20)):
+        add(
+            f"More examples help: {more} of a class beat {less}.",
+            "accuracy over examples per label",
+            f"mean of {len(tasks)} tasks, {HEADS} heads, the same queries",
+            shots[more],
+            shots[less],
+            names=(f"{more} shots", f"{less} shots"),
+            values={f"{n} shots": mean(shots[n]) for n in NUMBERS},
+        )
+    _transfers(heads, add)
+    folder = asked(study, model)
+    for method, what in (("centroid-last-layer", "the last layer's"), ("centroid-all-layers", "all layers'")):
+        claim = f"The chosen heads beat {what} features."
+        add(claim, "table of version 2", many, sav, methods_of(folder, method, tasks), names=("sav", method))
+    for method, what in (("knn", "nearest neighbours"), ("logistic", "a linear probe")):
+        claim = f"Nearest class means on chosen heads are no more than {MARGIN:g} point below {what} on all heads."
+        setting, rival = f"{many}; {MARGIN:g} point added", methods_of(folder, method, tasks)
+        add(claim, "choice of classifier", setting, sav, rival, names=("sav", method), margin=MARGIN)
+
+    tower = towers(study, model)
+    with_text = [task for task in tasks if task in WITH_TEXT]
+    images = [task for task in tasks if task not in WITH_TEXT]
+    for name, which, what in (
+        (TOWER, with_text, "the vision tower alone where the question matters"),
+        (WITH_WORDS, with_text, "the tower's features with the question's behind them where the question matters"),
+        (TOWER, images, "the vision tower alone where all questions are the same"),
+    ):
+        add(
+            f"SAVs beat {what}.",
+            "interleaved inputs" if which is with_text else main,
+            f"{', '.join(which)}; {SHOTS} shots",
+            per_task(heads, f"{HEADS} heads", which),
+            per_task(tower, name, which),
+            names=("sav", name),
+        )
+    folder, some = tuned(study, model), lora_tasks(study)  # last, as it takes longest
+    how = "one recipe" if study.quick else "the better of two rates, chosen on the examples"
+    add(
+        "SAVs beat LoRA on the same examples.",
+        main,
+        f"{', '.join(some)}; {SHOTS} shots; rank 16, {how}",
+        methods_of(folder, "sav", some),
+        methods_of(folder, "lora", some),
+        names=("sav", "lora"),
+    )
+    return found
+
+
+def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
+    """Heads of a similar task."""
+    pairs = [pair for pair in SIMILAR if set(pair) <= set(heads)]
+    targets = [target for _, target in pairs]
+    own = per_task(heads, f"{HEADS} heads", targets)
+    borrowed = {t: per_task(heads, f"heads of {source}", [t])[t] for source, t in pairs}
+    told = "; ".join(f"{source} to {target}" for source, target in pairs)
+    add(
+        "Heads chosen on a similar task beat random ones.",
+        "cross-task generalisation",
+        f"{told}; {SHOTS} shots of either",
+        borrowed,
+        per_task(heads, "random heads", targets),
+        names=("borrowed", "random"),
+        values={"own": mean(own)},
+    )
+    add(
+        "Heads chosen on a similar task serve as well as the task's own: no more than 2 points below.",
+        "cross-task generalisation",
+        f"{told}; 2 points added",
+        borrowed,
+        own,
+        names=("borrowed", "own"),
+        margin=2.0,
+        note="The paper's own loss is 2.0 points one way and 13.8 the other.",
+    )
+
+
+def mean(of: Mapping[str, Answers]) -> float:
+    """Over tasks, in %."""
+    return round(float(np.mean([answers.mean for answers in of.values()])), 2)
+
+
+def methods_of(folder: Path, method: str, tasks: Sequence[str]) -> dict[str, Answers]:
+    """Task -> a method's answers."""
+    return {task: answers_of(folder, task, method) for task in tasks}
+
+
+def unreadable(folder: Path, tasks: Sequence[str]) -> str:
+    """How often the model wrote something that is no answer, where that is often."""
+    from sav_jax.eval.stored import Results
+
+    results, told = Results(folder), []
+    for task in tasks:
+        run = results.run(task, 0, "zero-shot") or results.run(task, SHOTS, "zero-shot")
+        assert run is not None
+        found = results.answers(run.key)
+        none = np.mean([not text for seed in run.seeds for text in found["zero-shot", seed].predictions])
+        if none > 0.05:
+            told.append(f"{task} {100 * none:.0f} %")
+    return f"Written answers that name no class: {', '.join(told)}." if told else ""
+
+
+def tables(study: Study) -> list[Table]:
+    """Accuracy by task and method."""
+    return [_by_task(study, model) for model in study.models]
+
+
+def _by_task(study: Study, model: str) -> Table:
+    tasks, tuned_tasks = tasks_of(study), lora_tasks(study)
+    heads, tower = rescored(study, model), towers(study, model)
+    columns: dict[str, Mapping[str, Answers]] = {
+        "zero-shot": methods_of(asked(study, model), "zero-shot", tasks),
+        "likeliest": methods_of(asked(study, model), "zero-shot-likelihood", tasks),
+        "icl": methods_of(in_context(study, model), "icl", tasks),
+        "icl likeliest": methods_of(in_context(study, model), "icl-likelihood", tasks),
+        "lora": methods_of(tuned(study, model), "lora", tuned_tasks),
+        "tower": per_task(tower, TOWER),
+        "last layer": methods_of(asked(study, model), "centroid-last-layer", tasks),
+        "all layers": methods_of(asked(study, model), "centroid-all-layers", tasks),
+        "all heads": per_task(heads, "all heads"),
+        "random heads": per_task(heads, "random heads"),
+        "knn": methods_of(asked(study, model), "knn", tasks),
+        "logistic": methods_of(asked(study, model), "logistic", tasks),
+        "hec": methods_of(asked(study, model), "hec", tasks),
+        "sav": methods_of(asked(study, model), "sav", tasks),
+    }
+    rows = [(task, *(f"{of[task].mean:.1f}" if task in of else "" for of in columns.values())) for task in tasks]
+    return Table(f"Accuracy of `{model}` by task, in %", ("task", *columns), tuple(rows))
+
+
+def plots(study: Study) -> list[Path]:
+    """Accuracy over heads and over shots; which task's heads serve which."""
+    found = {model: rescored(study, model) for model in study.models}
+    by_heads, by_shots = [], []
+    for model, heads in found.items():
+        points = [*((n, f"{n} heads") for n in NUMBERS), (heads_of(model)[0] * heads_of(model)[1], "all heads")]
+        by_heads.append((model, _lines(heads, points, "sheet")))
+        by_shots.append((model, _lines(heads, [(n, f"{n} shots") for n in NUMBERS], "shots")))
+    tasks = tasks_of(study)
+    squares = [
+        (model, [[per_task(heads, f"heads of {source}", [task])[task].mean for source in tasks] for task in tasks])
+        for model, heads in found.items()
+    ]
+    return [
+        curves(study.pages / "reproduction-heads.svg", by_heads, "heads that vote, best first", mark=HEADS),
+        curves(study.pages / "reproduction-shots.svg", by_shots, "labelled examples of each class"),
+        matrix(study.pages / "reproduction-transfer.svg", squares, tasks, "heads chosen on", "classes and queries of"),
+    ]
+
+
+def _lines(heads: Mapping[str, Any], points: Sequence[tuple[int, str]], sheet: str) -> list[Line]:
+    at = [place for place, _ in points]
+    lines = [Line(task, at, [per_task(heads, name, [task], sheet)[task].mean for _, name in points]) for task in heads]
+    return [*lines, Line("mean", at, np.mean([line.values for line in lines], axis=0).tolist(), thick=True)]
