@@ -35,7 +35,7 @@ from sav_jax.lmm import LMM
 from sav_jax.train.aim import AIM_PRESETS, AimRecipe, train_aim
 from sav_jax.train.documents import drawn_documents, drawn_pairs
 from scripts.reproduction.study import Answers, Finding, Study, Table, finding
-from scripts.reproduction.trained import by_seed, mean, of_seeds, over_both, quiet
+from scripts.reproduction.trained import by_seed, mean, of_seeds, over_both, quiet, trainings
 
 PART = "aim"
 QUESTION = "what is it?"
@@ -53,7 +53,11 @@ UNSAID: Mapping[str, tuple[tuple[str, tuple[tuple[str, str], ...]], ...]] = {
     ),
     "digits": (("name", (DIGITS,)), ("color", (DIGITS,)), ("background", (DIGITS,))),
 }
-ASKED, CAPTIONS = ("drawn-textures", "drawn-glyphs", "drawn-hallucination"), "drawn-captions"
+ASKED, DESCRIBED = ("drawn-textures", "drawn-glyphs", "drawn-hallucination"), "drawn-captions"
+CAPTIONS = {
+    "reproduction-aim": "Tasks whose question does not say what is meant, by number of demonstrations: accuracy "
+    "(bars: lowest and highest of the seeds), tokens of a prompt, memory of its keys and values, and time to read it."
+}
 FIRST = 80 * 10**9  # seeds far beyond those of the training's documents
 SHOTS = 4  # labelled examples of each class, of which demonstrations are drawn; captions: in all
 
@@ -63,7 +67,7 @@ class Size:
     """How much is done.
 
     Attributes:
-      steps, shots, documents: of the training of a projection.
+      steps, batch_size, shots: of the training of a projection; every document is seen once.
       numbers: of demonstrations, on unsaid tasks.
       middle: the number of them in the claims, and on asked tasks and captions.
       queries: per unsaid task.
@@ -71,18 +75,23 @@ class Size:
       unsaid: tasks of each group, the first of them.
     """
 
-    steps: int = 600
-    shots: tuple[int, ...] = (1, 2, 4, 8)
-    documents: int = 3000
+    steps: int = 250
+    batch_size: int = 16
+    shots: tuple[int, ...] = (1, 2, 4)
     numbers: tuple[int, ...] = (1, 2, 4, 8)
     middle: int = 4
-    queries: int = 60
-    others: int = 100
+    queries: int = 30
+    others: int = 80
     unsaid: int = 7
 
 
 FULL = Size()
-QUICK = Size(30, (2,), 120, (1, 4), 4, 24, 24, 2)
+QUICK = Size(12, 8, (2,), (1, 4), 4, 16, 16, 1)
+
+
+def asked_of(study: Study) -> tuple[str, ...]:
+    """Tasks whose question says it all."""
+    return ASKED[:1] if study.quick else ASKED
 
 
 def size_of(study: Study) -> Size:
@@ -93,20 +102,25 @@ def size_of(study: Study) -> Size:
 def recipe_of(size: Size, seed: int) -> AimRecipe:
     """The preset, as long as the study has time for."""
     preset = AIM_PRESETS["tiny"]
-    optimization = dataclasses.replace(preset.optimization, seed=seed, keep=1, checkpoint_every=size.steps)
-    return dataclasses.replace(preset, steps=size.steps, shots=size.shots, optimization=optimization)
+    optimization = dataclasses.replace(
+        preset.optimization, batch_size=size.batch_size, seed=seed, keep=1, checkpoint_every=size.steps
+    )
+    return dataclasses.replace(
+        preset, steps=size.steps, shots=size.shots, pairs=max(size.shots) + 1, optimization=optimization
+    )
 
 
 def projection(study: Study, lmm: LMM, model: str, seed: int) -> tuple[Aim, Path]:
     """The projection of a seed, and its folder: trained, unless it is there."""
     size, folder = size_of(study), study.output / PART / model / f"projection-{seed}"
-    recipe = recipe_of(size, seed).resolved(size.documents)
+    documents = size.steps * size.batch_size
+    recipe = recipe_of(size, seed).resolved(documents)
     record = folder / "trained.json"
-    facts = json.loads(json.dumps([recipe.facts(), size.documents, lmm.fingerprint]))
+    facts = json.loads(json.dumps([recipe.facts(), lmm.fingerprint]))
     if not record.exists() or json.loads(record.read_text()) != facts:
         study.say(f"training {folder}")
         with quiet():
-            train_aim(lmm, drawn_documents(size.documents, recipe.pairs, seed), recipe, folder, progress=False)
+            train_aim(lmm, drawn_documents(documents, recipe.pairs, seed), recipe, folder, progress=False)
         record.write_text(json.dumps(facts) + "\n")
     return load_aim(folder), folder
 
@@ -173,22 +187,26 @@ class Measured:
 
     Attributes:
       unsaid: group -> names of its tasks.
-      asked: names.
-      without: the cell without demonstrations.
-      cells: number of demonstrations -> a cell for each seed.
+      without: the cell of unsaid tasks without demonstrations.
+      cells: number of demonstrations -> a cell of unsaid tasks for each seed.
+      others: a cell of asked tasks and captions for each seed.
       costs: see :func:`costs`.
     """
 
     unsaid: Mapping[str, list[str]]
-    asked: tuple[str, ...]
     without: Cell
     cells: Mapping[int, list[Cell]]
+    others: list[Cell]
     costs: Mapping[str, Any]
 
     def answers(self, tasks: Sequence[str], method: str, number: int) -> dict[str, Answers]:
-        """Task -> what was scored under each seed; 0 demonstrations: the same under all."""
-        seeds = len(next(iter(self.cells.values())))
-        cells = [self.without] * seeds if method == "zero-shot" else self.cells[number]
+        """Task -> what was scored under each seed, by unsaid tasks with so many demonstrations."""
+        if tasks[0] in self.others[0][method]:
+            cells = self.others
+        elif method == "zero-shot":  # which no seed changes
+            cells = [self.without] * len(self.others)
+        else:
+            cells = self.cells[number]
         return {
             task: Answers(
                 tuple(np.array(cell[method][task]["values"]) for cell in cells),
@@ -207,45 +225,49 @@ def measured(study: Study, model: str) -> Measured:
     size, folder = size_of(study), study.output / PART / model
     unsaid = unsaid_tasks(size)
     every = [task for tasks in unsaid.values() for task in tasks]
-    asked, captions = find_tasks(",".join(ASKED)), find_tasks(CAPTIONS)
+    asked, captions = find_tasks(",".join(asked_of(study))), find_tasks(DESCRIBED)
     loaded: dict[str, LMM] = {}
-    short, long = {"max_new_tokens": 4}, {"max_new_tokens": 24}
 
     def lmm() -> LMM:
         if not loaded:
             loaded[model] = sav_jax.load(model)
         return loaded[model]
 
-    def cell(number: int, seed: int, methods: Sequence[str]) -> Callable[[], Cell]:
+    def cell(number: int, seed: int, methods: Sequence[str], others: bool = False) -> Callable[[], Cell]:
         def compute() -> Cell:
             aim = str(projection(study, lmm(), model, seed)[1]) if "aim" in methods else None
-            rest: dict[str, Any] = {"seeds": (seed,), "demonstrations": number or 1, "aim": aim}
-            found = answered(lmm(), every, methods, folder / "last", None, **short, **rest)
-            if number in (0, size.middle):
-                for tasks, words in ((asked, short), (captions, long)):
-                    for method, of in answered(
-                        lmm(), tasks, methods, folder / "last", size.others, **words, **rest
-                    ).items():
-                        found[method] |= of
-            return found
+            plan: dict[str, Any] = {"seeds": (seed,), "demonstrations": number, "aim": aim}
+            if not others:
+                return answered(lmm(), every, methods, folder / "last", None, max_new_tokens=4, **plan)
+            found = answered(lmm(), asked, methods, folder / "last", size.others, max_new_tokens=4, **plan)
+            described = answered(lmm(), captions, methods, folder / "last", size.others, max_new_tokens=24, **plan)
+            return {method: of | described[method] for method, of in found.items()}
 
         return compute
 
     facts = dataclasses.asdict(size) | {"recipe": recipe_of(size, 0).facts(), "shots_of_classes": SHOTS}
-    without = study.kept(f"{PART}/{model}/without", cell(0, study.seeds[0], ("zero-shot",)), **facts)
+    without = study.kept(f"{PART}/{model}/without", cell(1, trainings(study)[0], ("zero-shot",)), **facts)
     cells: dict[int, list[Cell]] = {number: [] for number in size.numbers}
-    for seed in study.seeds:
+    for seed in trainings(study):
         for number in size.numbers:
             name = f"{PART}/{model}/seed-{seed}-demonstrations-{number}"
             cells[number].append(study.kept(name, cell(number, seed, ("icl", "aim")), **facts))
-    first = study.seeds[0]
+    others = [
+        study.kept(
+            f"{PART}/{model}/seed-{seed}-others",
+            cell(size.middle, seed, ("zero-shot", "icl", "aim"), others=True),
+            **facts,
+        )
+        for seed in trainings(study)
+    ]
+    first = trainings(study)[0]
     spent = study.kept(
         f"{PART}/{model}/costs",
         lambda: costs(lmm(), projection(study, lmm(), model, first)[0], every[0], size, folder / "bank"),
         **facts,
     )
     groups = {group: [task.name for task in tasks] for group, tasks in unsaid.items()}
-    return Measured(groups, ASKED, without, cells, spent)
+    return Measured(groups, without, cells, others, spent)
 
 
 def costs(lmm: LMM, aim: Aim, task: Task, size: Size, folder: Path) -> dict[str, Any]:
@@ -317,7 +339,7 @@ def measure(study: Study) -> list[Finding]:
 
 def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
     """The rows of a model."""
-    size, seeds = size_of(study), len(study.seeds)
+    size, seeds = size_of(study), len(trainings(study))
     middle, least, most = size.middle, min(size.numbers), max(size.numbers)
     drawn, digits = found.unsaid.values()
     trained = f"{seeds} projections of {size.steps} steps each, with demonstrations of their own"
@@ -343,8 +365,8 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
 
     rows = []
     for tasks, what, unit in (
-        (found.asked, f"{', '.join(found.asked)}: accuracy", "accuracy"),
-        ((CAPTIONS,), f"{CAPTIONS}: CIDEr-D times 100", "CIDEr"),
+        (asked_of(study), f"{', '.join(asked_of(study))}: accuracy", "accuracy"),
+        ((DESCRIBED,), f"{DESCRIBED}: CIDEr-D times 100", "CIDEr"),
     ):
         none, icl, aim = answers(tasks, "zero-shot", "icl", "aim")
         values = {"zero-shot": mean(none), "icl": mean(icl), "aim": mean(aim)}
@@ -472,7 +494,7 @@ def tables(study: Study) -> list[Table]:
                 by_number.append(
                     (model, group, str(number), "", *scores, *less, " / ".join(cost[:2]), " / ".join(cost[2:]))
                 )
-        names = [*(name for tasks in found.unsaid.values() for name in tasks), *found.asked, CAPTIONS]
+        names = [*(name for tasks in found.unsaid.values() for name in tasks), *asked_of(study), DESCRIBED]
         for name in names:
             scores = [f"{mean(found.answers([name], m, size.middle)):.1f}" for m in ("zero-shot", "icl", "aim")]
             by_task.append((model, name, *scores))

@@ -33,7 +33,7 @@ from sav_jax.world.questions import QA
 from sav_jax.world.scene import draw, sample_scene
 from sav_jax.world.shapes import SHAPES
 from scripts.reproduction.study import Answers, Finding, Study, Table, finding
-from scripts.reproduction.trained import mean, over_both, quiet
+from scripts.reproduction.trained import mean, over_both, quiet, trainings
 
 PART = "sq"
 TRAINING, HELD_OUT = 90 * 10**9, 95 * 10**9  # first seeds of scenes, beyond all other drawings of this project
@@ -82,8 +82,8 @@ class Size:
       num_prototypes: of a picture's 16 tokens or more.
     """
 
-    rows: int = 1536
-    steps: int = 240
+    rows: int = 1024
+    steps: int = 160
     scenes: int = 320
     learning_rate: float = 4e-3
     num_prototypes: int = 8
@@ -234,7 +234,7 @@ def cells(study: Study, model: str) -> dict[Arm | None, list[dict[str, Units]]]:
     found: dict[Arm | None, list[dict[str, Units]]] = {None: [before]}
     for arm in arms:
         if fits or not arm.prototypes:
-            found[arm] = [cell(study, load, model, arm, seed) for seed in study.seeds]
+            found[arm] = [cell(study, load, model, arm, seed) for seed in trainings(study)]
     return found
 
 
@@ -267,7 +267,7 @@ def rows_of(study: Study, model: str, found: Cells) -> list[Finding]:
                 interval=over_both(better, worse),
                 **whole,
                 values={f"with {part}": mean(better), f"without {part}": mean(worse)},
-                seeds=len(study.seeds),
+                seeds=len(trainings(study)),
                 note=f"loss of answers in conversations {losses[0]:.3f} and {losses[1]:.3f} nats per token",
             )
         )

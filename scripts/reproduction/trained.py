@@ -10,7 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from sav_jax.eval.statistics import Interval, student_interval
-from scripts.reproduction.study import Answers, difference
+from scripts.reproduction.study import Answers, Study, difference
+
+
+def trainings(study: Study) -> tuple[int, ...]:
+    """The first three of its seeds: each is a training of its own."""
+    return study.seeds[:3]
 
 
 def over_both(better: Mapping[str, Answers], worse: Mapping[str, Answers], margin: float = 0.0) -> Interval:

@@ -73,7 +73,8 @@ def cell(rng: np.random.Generator, chances: dict[str, float], tasks: list[str]) 
 def test_rows_are_oriented_as_the_claims(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     unsaid = {group: [f"{group} {meant}" for meant, _ in rows] for group, rows in aim.UNSAID.items()}
-    tasks = [*(name for names in unsaid.values() for name in names), *aim.ASKED, aim.CAPTIONS]
+    tasks = [name for names in unsaid.values() for name in names]
+    others = [*aim.ASKED, aim.DESCRIBED]
     chances = {"icl": 0.1, "aim": 0.9}
     numbers, times = aim.FULL.numbers, (("icl", 2.0), ("aim", 1.0))
     costs: dict[str, Any] = {
@@ -84,9 +85,9 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path) -> None:
     }
     found = aim.Measured(
         unsaid,
-        aim.ASKED,
         cell(rng, {"zero-shot": 0.5}, tasks),
         {number: [cell(rng, chances, tasks) for _ in range(3)] for number in numbers},
+        [cell(rng, {"zero-shot": 0.5, **chances}, others) for _ in range(3)],
         costs,
     )
     rows = aim.rows_of(Study(tmp_path), "tiny", found)
@@ -96,9 +97,13 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path) -> None:
     assert set(verdicts.values()) == {"holds"}
     costly = {row.claim: row.difference for row in rows if "need less memory" in row.claim or "bank" in row.claim}
     assert list(costly.values()) == [50.0, 100.0]
+
     # The same with methods exchanged: what was claimed does not hold.
-    exchanged = {n: [{"icl": c["aim"], "aim": c["icl"]} for c in of] for n, of in found.cells.items()}
-    swapped = aim.Measured(unsaid, aim.ASKED, found.without, exchanged, costs)
+    def exchanged(of: list[aim.Cell]) -> list[aim.Cell]:
+        return [{**c, "icl": c["aim"], "aim": c["icl"]} for c in of]
+
+    cells = {n: exchanged(of) for n, of in found.cells.items()}
+    swapped = aim.Measured(unsaid, found.without, cells, exchanged(found.others), costs)
     failed = [row.claim for row in aim.rows_of(Study(tmp_path), "tiny", swapped) if row.verdict == "does not hold"]
     assert len(failed) == 11  # all but "more demonstrations", time and the bank
 
