@@ -16,7 +16,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ import numpy as np
 
 import sav_jax
 from sav_jax.aim import Aim, DemonstrationBank, after_demonstrations, cache_bytes_per_token, load_aim
-from sav_jax.eval.methods import METHODS
-from sav_jax.eval.methods.icl import with_demonstrations
-from sav_jax.eval.run import Plan, evaluate
+from sav_jax.eval.methods.icl import draw_balanced, with_demonstrations
+from sav_jax.eval.metrics import Answers as GivenAnswers
+from sav_jax.eval.parsing import parse_answer
 from sav_jax.eval.statistics import Interval
 from sav_jax.eval.tasks import find_tasks
-from sav_jax.eval.tasks.base import Data, Item, Task
+from sav_jax.eval.tasks.base import Data, Item, Split, Task, split_task
 from sav_jax.extract import plan_prompts
 from sav_jax.lmm import LMM
 from sav_jax.train.aim import AIM_PRESETS, AimRecipe, train_aim
@@ -59,6 +59,7 @@ CAPTIONS = {
     "(bars: lowest and highest of the seeds), tokens of a prompt, memory of its keys and values, and time to read it."
 }
 FIRST = 80 * 10**9  # seeds far beyond those of the training's documents
+LONGEST = 24  # tokens of a caption
 SHOTS = 4  # labelled examples of each class, of which demonstrations are drawn; captions: in all
 
 
@@ -67,7 +68,7 @@ class Size:
     """How much is done.
 
     Attributes:
-      steps, batch_size, shots: of the training of a projection; every document is seen once.
+      steps, shots: of the training of a projection; every document is seen once.
       numbers: of demonstrations, on unsaid tasks.
       middle: the number of them in the claims, and on asked tasks and captions.
       queries: per unsaid task.
@@ -75,18 +76,17 @@ class Size:
       unsaid: tasks of each group, the first of them.
     """
 
-    steps: int = 250
-    batch_size: int = 16
+    steps: int = 150
     shots: tuple[int, ...] = (1, 2, 4)
     numbers: tuple[int, ...] = (1, 2, 4, 8)
     middle: int = 4
     queries: int = 30
-    others: int = 80
+    others: int = 60
     unsaid: int = 7
 
 
 FULL = Size()
-QUICK = Size(12, 8, (2,), (1, 4), 4, 16, 16, 1)
+QUICK = Size(12, (2,), (1, 4), 4, 16, 16, 1)
 
 
 def asked_of(study: Study) -> tuple[str, ...]:
@@ -102,19 +102,16 @@ def size_of(study: Study) -> Size:
 def recipe_of(size: Size, seed: int) -> AimRecipe:
     """The preset, as long as the study has time for."""
     preset = AIM_PRESETS["tiny"]
-    optimization = dataclasses.replace(
-        preset.optimization, batch_size=size.batch_size, seed=seed, keep=1, checkpoint_every=size.steps
-    )
-    return dataclasses.replace(
-        preset, steps=size.steps, shots=size.shots, pairs=max(size.shots) + 1, optimization=optimization
-    )
+    optimization = replace(preset.optimization, seed=seed, keep=1, checkpoint_every=size.steps)
+    return replace(preset, steps=size.steps, shots=size.shots, pairs=max(size.shots) + 1, optimization=optimization)
 
 
-def projection(study: Study, lmm: LMM, model: str, seed: int) -> tuple[Aim, Path]:
-    """The projection of a seed, and its folder: trained, unless it is there."""
+def projection(study: Study, lmm: LMM, model: str, seed: int) -> Aim:
+    """The projection of a seed: trained, unless it is there."""
     size, folder = size_of(study), study.output / PART / model / f"projection-{seed}"
-    documents = size.steps * size.batch_size
-    recipe = recipe_of(size, seed).resolved(documents)
+    recipe = recipe_of(size, seed)
+    documents = recipe.steps * recipe.optimization.batch_size
+    recipe = recipe.resolved(documents)
     record = folder / "trained.json"
     facts = json.loads(json.dumps([recipe.facts(), lmm.fingerprint]))
     if not record.exists() or json.loads(record.read_text()) != facts:
@@ -122,7 +119,7 @@ def projection(study: Study, lmm: LMM, model: str, seed: int) -> tuple[Aim, Path
         with quiet():
             train_aim(lmm, drawn_documents(documents, recipe.pairs, seed), recipe, folder, progress=False)
         record.write_text(json.dumps(facts) + "\n")
-    return load_aim(folder), folder
+    return load_aim(folder)
 
 
 def make_task(meant: str, kinds: Sequence[tuple[str, str]], queries: int, number: int) -> Task:
@@ -158,27 +155,59 @@ Cell = dict[str, dict[str, Any]]
 
 
 def answered(
-    lmm: LMM, tasks: Sequence[Task], methods: Sequence[str], folder: Path, limit: int | None, **plan: Any
+    lmm: LMM, tasks: Sequence[Task], methods: Sequence[str], number: int, seed: int, bank: DemonstrationBank, size: Size
 ) -> Cell:
-    """What methods of the evaluation score, query by query."""
-    settings = Plan(shots=(SHOTS,), batch_size=20, limit=limit, **plan)
-    with quiet():
-        summaries = evaluate(lambda: lmm, tasks, [METHODS[name] for name in methods], settings, folder)
-    cell: Cell = {name: {} for name in methods}
-    for summary in summaries:
-        (run,) = summary.runs
-        (metric,) = [metric for metric in run.task.all_metrics if metric.name == run.task.metric]
-        assert run.answers is not None
-        units = metric.compute(run.answers)
-        values = [float(value) for value in np.asarray(units.values)]
-        cell[run.method.name][run.task.name] = {
-            "values": values,
-            "clusters": list(units.clusters),
-            "facts": {
-                key: run.outcome.facts[key] for key in ("prompt_tokens", "cache_bytes") if key in run.outcome.facts
-            },
-        }
+    """What is scored, query by query, after the demonstrations that ``sav-jax eval`` chooses, and what prompts cost.
+
+    Args:
+      lmm: the model.
+      tasks: what is asked.
+      methods: "zero-shot", "icl", "aim", as there; all that is written is read as there.
+      number: of demonstrations.
+      seed: of support, queries and demonstrations.
+      bank: of virtual tokens.
+      size: how many queries.
+    """
+    cell: Cell = {}
+    splits = [split_task(task, task.load(Path()), SHOTS, seed, size.others) for task in tasks]
+    for method in methods:
+        asked: list[list[sav_jax.Example]] = []
+        for task, split in zip(tasks, splits, strict=True):
+            targets = np.array([0 if task.generative else split.labels.index(item.label) for item in split.support])
+            chosen = [split.support[row] for row in draw_balanced(targets, number, np.random.default_rng(seed))]
+            queries = [item.example for item in split.queries]
+            if method == "icl":
+                queries = [with_demonstrations(task, chosen, query) for query in queries]
+            elif method == "aim":
+                tokens = bank.get([replace(item.example, label=task.answer(item.label)) for item in chosen])
+                queries = [after_demonstrations(query, tokens, bank.aim.layout) for query in queries]
+            asked.append(queries)
+        every = [query for queries in asked for query in queries]
+        prompts = plan_prompts(lmm, every)
+        longest = LONGEST if any(task.generative for task in tasks) else 4
+        texts = iter(sav_jax.generate(lmm, every, longest, batch_size=10, progress=False, prompts=prompts))
+        lengths = iter(prompts)
+        cell[method] = {}
+        for task, split in zip(tasks, splits, strict=True):
+            predictions = [read_answer(task, split, item, next(texts).text) for item in split.queries]
+            tokens_each = float(np.mean([len(next(lengths).token_ids) for _ in split.queries]))
+            given = GivenAnswers(split.queries, split.labels, tuple(predictions), corpus=split.corpus)
+            (metric,) = [metric for metric in task.all_metrics if metric.name == task.metric]
+            cell[method][task.name] = {
+                "values": [float(value) for value in np.asarray(metric.compute(given).values)],
+                "clusters": list(given.clusters),
+                "facts": {"prompt_tokens": tokens_each, "cache_bytes": tokens_each * cache_bytes_per_token(lmm)},
+            }
     return cell
+
+
+def read_answer(task: Task, split: Split, item: Item, text: str) -> str:
+    """As ``sav-jax eval`` reads what was written."""
+    if task.parse is not None:
+        return task.parse(text, item) or ""
+    if task.generative:
+        return text.strip()
+    return parse_answer(text, {label: task.answer(label) for label in item.offered or split.labels}) or ""
 
 
 @dataclass(frozen=True)
@@ -233,37 +262,31 @@ def measured(study: Study, model: str) -> Measured:
             loaded[model] = sav_jax.load(model)
         return loaded[model]
 
-    def cell(number: int, seed: int, methods: Sequence[str], others: bool = False) -> Callable[[], Cell]:
+    def cell(tasks: Sequence[Task], number: int, seed: int, *methods: str) -> Callable[[], Cell]:
         def compute() -> Cell:
-            aim = str(projection(study, lmm(), model, seed)[1]) if "aim" in methods else None
-            plan: dict[str, Any] = {"seeds": (seed,), "demonstrations": number, "aim": aim}
-            if not others:
-                return answered(lmm(), every, methods, folder / "last", None, max_new_tokens=4, **plan)
-            found = answered(lmm(), asked, methods, folder / "last", size.others, max_new_tokens=4, **plan)
-            described = answered(lmm(), captions, methods, folder / "last", size.others, max_new_tokens=24, **plan)
-            return {method: of | described[method] for method, of in found.items()}
+            bank = DemonstrationBank(lmm(), projection(study, lmm(), model, seed))
+            return answered(lmm(), tasks, methods, number, seed, bank, size)
 
         return compute
 
     facts = dataclasses.asdict(size) | {"recipe": recipe_of(size, 0).facts(), "shots_of_classes": SHOTS}
-    without = study.kept(f"{PART}/{model}/without", cell(1, trainings(study)[0], ("zero-shot",)), **facts)
+    first, middle = trainings(study)[0], size.middle
+    without = study.kept(f"{PART}/{model}/without", cell(every, 1, first, "zero-shot"), **facts)
     cells: dict[int, list[Cell]] = {number: [] for number in size.numbers}
+    others: list[Cell] = []
     for seed in trainings(study):
+        name = f"{PART}/{model}/seed-{seed}"
         for number in size.numbers:
-            name = f"{PART}/{model}/seed-{seed}-demonstrations-{number}"
-            cells[number].append(study.kept(name, cell(number, seed, ("icl", "aim")), **facts))
-    others = [
-        study.kept(
-            f"{PART}/{model}/seed-{seed}-others",
-            cell(size.middle, seed, ("zero-shot", "icl", "aim"), others=True),
-            **facts,
-        )
-        for seed in trainings(study)
-    ]
-    first = trainings(study)[0]
+            one = study.kept(f"{name}-demonstrations-{number}", cell(every, number, seed, "icl", "aim"), **facts)
+            cells[number].append(one)
+        both = [
+            study.kept(f"{name}-{what}", cell(tasks, middle, seed, "zero-shot", "icl", "aim"), **facts)
+            for what, tasks in (("asked", asked), ("captions", captions))
+        ]
+        others.append({method: of | both[1][method] for method, of in both[0].items()})
     spent = study.kept(
         f"{PART}/{model}/costs",
-        lambda: costs(lmm(), projection(study, lmm(), model, first)[0], every[0], size, folder / "bank"),
+        lambda: costs(lmm(), projection(study, lmm(), model, first), every[0], size, folder / "bank"),
         **facts,
     )
     groups = {group: [task.name for task in tasks] for group, tasks in unsaid.items()}

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import sem, t
 
 import sav_jax
-from sav_jax.aim import Aim, Layout
+from sav_jax.aim import Aim, DemonstrationBank, Layout
 from sav_jax.models.fusion import FusionConfig, initial_params
 from scripts.reproduction import aim, trained
 from scripts.reproduction.study import Answers, Study
@@ -70,7 +70,7 @@ def cell(rng: np.random.Generator, chances: dict[str, float], tasks: list[str]) 
     }
 
 
-def test_rows_are_oriented_as_the_claims(tmp_path: Path) -> None:
+def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     unsaid = {group: [f"{group} {meant}" for meant, _ in rows] for group, rows in aim.UNSAID.items()}
     tasks = [name for names in unsaid.values() for name in names]
@@ -97,6 +97,13 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path) -> None:
     assert set(verdicts.values()) == {"holds"}
     costly = {row.claim: row.difference for row in rows if "need less memory" in row.claim or "bank" in row.claim}
     assert list(costly.values()) == [50.0, 100.0]
+
+    monkeypatch.setattr(aim, "measured", lambda *_: found)
+    study = Study(tmp_path, models=("tiny",), pages=tmp_path)
+    for table in aim.tables(study):
+        assert {len(line) for line in table.rows} == {len(table.head)}
+    (picture,) = aim.plots(study)
+    assert "icl" in picture.read_text()
 
     # The same with methods exchanged: what was claimed does not hold.
     def exchanged(of: list[aim.Cell]) -> list[aim.Cell]:
@@ -125,3 +132,27 @@ def test_costs_are_those_of_prompts(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     assert lengths["aim"]["2"] - lengths["aim"]["1"] <= found["text_tokens"] + 2
     assert lengths["icl"]["2"] - lengths["icl"]["1"] > found["text_tokens"] + 10
     assert {len(of) for times in found["seconds"].values() for of in times.values()} == {5}
+
+
+def test_answers_are_read_and_scored_as_by_the_evaluation(lmm: sav_jax.LMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FusionConfig(lmm.config.text.hidden_size)
+    start = Aim(Layout(layer=1), config, initial_params(config, 0, "identity", 0.1), lmm.fingerprint, "tiny")
+    task, asked = aim.make_task("color", (aim.DIGITS,), 6, 0), []
+
+    def generate(_: sav_jax.LMM, examples: list[sav_jax.Example], *__: Any, **___: Any) -> list[sav_jax.Generation]:
+        asked.append(examples)
+        return [sav_jax.Generation(" Red ", ()) for _ in examples]
+
+    monkeypatch.setattr(sav_jax, "generate", generate)
+    bank = DemonstrationBank(lmm, start)
+    found = aim.answered(lmm, [task], ("zero-shot", "icl", "aim"), 2, 0, bank, aim.QUICK)
+    queries = task.load(Path()).queries
+    assert queries is not None
+    for method, of_method in zip(("zero-shot", "icl", "aim"), asked, strict=True):
+        one = found[method][task.name]
+        assert one["values"] == [float(item.label == "red") for item in queries]
+        assert one["clusters"] == [item.example.id for item in queries]
+        assert [len(example.images) for example in of_method] == [3 if method == "icl" else 1] * len(queries)
+        assert {len(example.virtual) for example in of_method} == {2 if method == "aim" else 0}
+    tokens = [found[method][task.name]["facts"]["prompt_tokens"] for method in found]
+    assert tokens[0] < tokens[2] < tokens[1]

@@ -66,7 +66,7 @@ def cells(shift: float) -> sq.Cells:
     return {arm: [cell(arm) for _ in range(3)] for arm in (None, *arms)}
 
 
-def test_rows_are_oriented_as_the_claims(tmp_path: Path) -> None:
+def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study(tmp_path)
     verdicts = [row.verdict for row in sq.rows_of(study, "tiny", cells(0.2))]
     assert verdicts == ["holds", "does not hold", "holds"]
@@ -74,6 +74,10 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path) -> None:
     rows = sq.rows_of(study, "tiny-qwen", without)
     assert [row.verdict for row in rows] == ["holds", "does not hold", "undecided"]
     assert "no place" in rows[2].note
+    monkeypatch.setattr(sq, "cells", lambda *_: cells(0.2))
+    (table,) = sq.tables(Study(tmp_path, models=("tiny",)))
+    assert {len(line) for line in table.rows} == {len(table.head)}
+    assert len(table.rows) == 5  # four arms, and no training
 
 
 def test_a_cell_is_trained_once(tiny: sav_jax.LMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
