@@ -26,6 +26,7 @@ import sav_jax
 from sav_jax.aim import Aim, DemonstrationBank, after_demonstrations, cache_bytes_per_token, load_aim
 from sav_jax.eval.methods.icl import draw_balanced, with_demonstrations
 from sav_jax.eval.metrics import Answers as GivenAnswers
+from sav_jax.eval.metrics import Units
 from sav_jax.eval.parsing import parse_answer
 from sav_jax.eval.statistics import Interval
 from sav_jax.eval.tasks import find_tasks
@@ -193,8 +194,10 @@ def answered(
             tokens_each = float(np.mean([len(next(lengths).token_ids) for _ in split.queries]))
             given = GivenAnswers(split.queries, split.labels, tuple(predictions), corpus=split.corpus)
             (metric,) = [metric for metric in task.all_metrics if metric.name == task.metric]
+            units = metric.compute(given)
+            assert isinstance(units, Units)
             cell[method][task.name] = {
-                "values": [float(value) for value in np.asarray(metric.compute(given).values)],
+                "values": [float(value) for value in units.values],
                 "clusters": list(given.clusters),
                 "facts": {"prompt_tokens": tokens_each, "cache_bytes": tokens_each * cache_bytes_per_token(lmm)},
             }
@@ -421,10 +424,10 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 "the question says all that must be known; no document of the training is of this kind",
             ),
         ]
-    for tasks, kind in ((drawn, "the projection was trained on this kind"), (digits, "digits, new to the projection")):
-        none, icl, aim = answers(tasks, "zero-shot", "icl", "aim")
+    for names, kind in ((drawn, "the projection was trained on this kind"), (digits, "digits, new to the projection")):
+        none, icl, aim = answers(names, "zero-shot", "icl", "aim")
         values = {"zero-shot": mean(none), "icl": mean(icl), "aim": mean(aim)}
-        setting = f"{len(tasks)} tasks whose question does not say what is meant, {middle} demonstrations"
+        setting = f"{len(names)} tasks whose question does not say what is meant, {middle} demonstrations"
         rows += [
             row(
                 f"Fused tokens teach what only demonstrations say: better than none ({kind})",
@@ -519,8 +522,8 @@ def tables(study: Study) -> list[Table]:
                 )
         names = [*(name for tasks in found.unsaid.values() for name in tasks), *asked_of(study), DESCRIBED]
         for name in names:
-            scores = [f"{mean(found.answers([name], m, size.middle)):.1f}" for m in ("zero-shot", "icl", "aim")]
-            by_task.append((model, name, *scores))
+            of_task = [f"{mean(found.answers([name], m, size.middle)):.1f}" for m in ("zero-shot", "icl", "aim")]
+            by_task.append((model, name, *of_task))
     head = "model", "scenes", "demonstrations"
     return [
         Table(

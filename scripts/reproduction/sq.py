@@ -255,9 +255,10 @@ def rows_of(study: Study, model: str, found: Cells) -> list[Finding]:
     setting = f"new names of shapes, {size.scenes} held-out scenes; {size.steps} steps of 8 conversations"
     rows = []
     for part, claim, with_it, without in CLAIMS:
-        whole = {"part": PART, "claim": claim, "source": "SQ-LLaVA, ablation table", "model": model, "setting": setting}
+        whole: dict[str, Any] = {"part": PART, "claim": claim, "source": "SQ-LLaVA, ablation table"}
+        whole |= {"model": model, "setting": setting}
         if with_it not in found:
-            nothing = {"values": {}, "difference": None, "low": None, "high": None, "seeds": 0}
+            nothing: dict[str, Any] = {"values": {}, "difference": None, "low": None, "high": None, "seeds": 0}
             rows.append(Finding(**whole, **nothing, note="the layout has no place for a prototype extractor"))
             continue
         better, worse = (answers(found[arm], "accuracy") for arm in (with_it, without))

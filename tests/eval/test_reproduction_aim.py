@@ -14,7 +14,7 @@ import sav_jax
 from sav_jax.aim import Aim, DemonstrationBank, Layout
 from sav_jax.models.fusion import FusionConfig, initial_params
 from scripts.reproduction import aim, trained
-from scripts.reproduction.study import Answers, Study
+from scripts.reproduction.study import Answers, Study, difference
 
 
 def test_tasks_have_enough_of_every_label_and_share_no_picture() -> None:
@@ -44,7 +44,7 @@ def test_intervals_hold_seeds_and_queries() -> None:
     ]
     np.testing.assert_allclose(trained.by_seed(better, worse), by_hand, rtol=1e-12)
     low, high = t.interval(0.95, 2, np.mean(by_hand), sem(by_hand))
-    queries = trained.difference(better, worse)
+    queries = difference(better, worse)
     np.testing.assert_allclose(found.mean, np.mean(by_hand), rtol=1e-12)
     np.testing.assert_allclose([found.low, found.high], [min(low, queries.low), max(high, queries.high)], rtol=1e-12)
     # A seed that goes another way makes no row certain, however many queries there are.

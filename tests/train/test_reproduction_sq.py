@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import sav_jax
-from sav_jax.train.tune import tune
 from sav_jax.world.scene import sample_scene
 from sav_jax.world.shapes import SHAPES
 from scripts.reproduction import sq
@@ -90,7 +89,6 @@ def test_a_cell_is_trained_once(tiny: sav_jax.LMM, tmp_path: Path, monkeypatch: 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    assert sq.tune is tune
     monkeypatch.setattr(sq, "tune", never)
     assert sq.cell(study, lambda: tiny, "tiny", arm, 0) == found
     with pytest.raises(AssertionError, match="again"):
