@@ -368,7 +368,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
     size, seeds = size_of(study), len(trainings(study))
     middle, least, most = size.middle, min(size.numbers), max(size.numbers)
     drawn, digits = found.unsaid.values()
-    trained = f"{seeds} projections of {size.steps} steps each, whose loss still falls then; demonstrations of their own"
+    trained = f"{seeds} projections of {size.steps} steps each, with loss still falling; demonstrations of their own"
     images = "it saw prompts of two images in training" if model == "tiny" else "it saw one image a prompt in training"
 
     def row(
