@@ -264,6 +264,7 @@ def made_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(rescoring, "read_examples", read)
     monkeypatch.setattr(rescoring.sav_jax, "load", lambda _: None)
     monkeypatch.setattr(study.Study, "command", lambda self, name, *_, **__: self.output / name)
+    monkeypatch.setattr(study.Study, "finished", lambda *_: True)
     for part in (savs, beyond):
         monkeypatch.setattr(part, "methods_of", answered)
     monkeypatch.setattr(savs, "unreadable", lambda *_: "")
@@ -280,7 +281,7 @@ def made_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_all_claims_get_a_row_and_a_place_on_the_page(made_study: Any) -> None:
     verdicts: dict[str, str] = {}
     for name, part in (("savs", savs), ("beyond", beyond)):
-        found = part.measure(made_study)
+        found = list(part.measure(made_study))
         verdicts |= {finding.claim: finding.verdict for finding in found}
         claims = [finding.claim for finding in found]
         assert len(set(claims)) == len(claims) > 9

@@ -31,7 +31,7 @@ TASKS = (
     "drawn-paired",
     "drawn-multiimage",
 )
-QUICK_TASKS = ("digits-scattered", "drawn-textures", "drawn-safety", "drawn-hallucination", "drawn-paired")
+QUICK_TASKS = ("digits-scattered", "drawn-safety", "drawn-hallucination", "drawn-paired")
 SHOTS = 20
 NUMBERS = (1, 2, 5, 10, 20, 50)
 FEW = 5

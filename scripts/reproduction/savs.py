@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,17 @@ import numpy as np
 from scripts.reproduction.drawing import Line, curves, matrix
 from scripts.reproduction.heads import HEADS, per_task
 from scripts.reproduction.rescoring import NUMBERS, SHOTS, heads_of, rescored, tasks_of
-from scripts.reproduction.study import OUTPUT, Answers, Finding, Study, Table, answers_of, difference, finding
+from scripts.reproduction.study import (
+    OUTPUT,
+    Answers,
+    Finding,
+    Study,
+    Table,
+    answers_of,
+    difference,
+    finding,
+    results_of,
+)
 from scripts.reproduction.tower import TOWER, WITH_WORDS, towers
 
 PAPER = "arXiv 2412.00142"
@@ -19,7 +29,7 @@ MARGIN = 1.0
 """Points that "suffices" and "no worse" allow."""
 
 ASKING = "zero-shot", "zero-shot-likelihood"
-FEATURES = "centroid-last-layer", "centroid-all-layers", "hec", "knn", "logistic"
+FEATURES = "centroid-last-layer", "centroid-all-layers", "hec", "knn", "ridge"
 SIMILAR = (
     ("digits", "digits-scattered"),
     ("digits-scattered", "digits"),
@@ -31,8 +41,12 @@ SIMILAR = (
 WITH_TEXT = ("drawn-hallucination", "drawn-paired", "drawn-multiimage")
 """Tasks whose answer depends on the question as much as on the image."""
 
+NEW = ("drawn-safety", "digits", "digits-scattered")
+"""What the bundled models were never asked, or never shown."""
+
 HEADLINES = (
     "SAVs beat asking the model (zero-shot), whose written answers are read.",
+    "SAVs beat asking the model where its training never went.",
     "SAVs beat in-context learning with 4 demonstrations (likeliest answer).",
     "SAVs beat LoRA on the same examples.",
     f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.",
@@ -41,7 +55,33 @@ HEADLINES = (
 )
 """Claims for the README."""
 
-REASONS: dict[str, str] = {}
+_STRONG_RIVAL = (
+    "The drawn tasks mostly ask what these models were trained to answer, so that asking is a far stronger rival than "
+    "in the paper, whose models are below chance on its two safety benchmarks; where training never went, SAVs are "
+    "ahead."
+)
+_FEW_HEADS = (
+    "Twenty are a fifth of these models' 96 heads, and a fortieth of the paper's 784: most heads of so small a model "
+    "know something of every task."
+)
+
+REASONS: dict[str, str] = {
+    "SAVs beat asking the model (zero-shot), whose written answers are read.": _STRONG_RIVAL,
+    "SAVs beat asking the model, whose likeliest of the offered answers is taken.": _STRONG_RIVAL,
+    f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.": _FEW_HEADS,
+    "Twenty heads beat all heads voting.": _FEW_HEADS,
+    "Heads chosen on a similar task serve as well as the task's own: no more than 2 points below.": (
+        "What is lost depends on the direction (see the matrix), as in the paper."
+    ),
+    f"Nearest class means on chosen heads are no more than {MARGIN:g} point below nearest neighbours on all heads.": (
+        "Neighbours on all heads are ahead on `drawn-safety` and pairs and far behind on textures: which of the two is "
+        "better depends on the task."
+    ),
+    f"Nearest class means on chosen heads are no more than {MARGIN:g} point below a linear probe on all heads.": (
+        "96 heads of 24 numbers are few enough for a ridge classifier whose penalty is chosen on the examples; the "
+        "paper's probe has 784 heads of 128."
+    ),
+}
 """What one thinks of claims that do not hold."""
 
 
@@ -63,26 +103,27 @@ def in_context(study: Study, model: str) -> Path:
 
 def tuned(study: Study, model: str) -> Path:
     """LoRA on the same examples."""
-    recipe = ["--lora-rates", "1e-3", "--lora-steps", "30"] if study.quick else ["--lora-rates", "1e-3,3e-3"]
+    recipe = ["--lora-rates", "1e-3", "--lora-steps", "30" if study.quick else "100"]
     return _eval(study, model, "lora", lora_tasks(study), ("sav", "lora", "lora-likelihood"), study.limit, *recipe)
 
 
 def _eval(
     study: Study, model: str, name: str, tasks: Sequence[str], methods: Sequence[str], limit: int, *further: str
 ) -> Path:
-    seeds = ",".join(map(str, study.seeds[:3]))
+    seeds = ",".join(map(str, study.seeds))
     options = {"--shots": str(SHOTS), "--seeds": seeds, "--limit": str(limit)}
     listed = {"--model": model, "--tasks": ",".join(tasks), "--methods": ",".join(methods), **options}
     words = [word for pair in listed.items() for word in pair]
     return study.command(f"savs/{model}/{name}", ["eval", *words, *further, "--output-path", OUTPUT])
 
 
-def measure(study: Study) -> list[Finding]:
+def measure(study: Study) -> Iterator[Finding]:
     """All findings, model by model."""
-    return [one for model in study.models for one in _of_model(study, model)]
+    for model in study.models:
+        yield from _of_model(study, model)
 
 
-def _of_model(study: Study, model: str) -> list[Finding]:
+def _of_model(study: Study, model: str) -> Iterator[Finding]:
     found: list[Finding] = []
     tasks = tasks_of(study)
 
@@ -90,7 +131,7 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         claim: str, source: str, setting: str, better: Mapping[str, Answers], worse: Mapping[str, Answers], **rest: Any
     ) -> None:
         names = rest.pop("names")
-        values = {name: mean(of) for name, of in zip(names, (better, worse), strict=True)}
+        values = rest.pop("curve", None) or {name: mean(of) for name, of in zip(names, (better, worse), strict=True)}
         values |= rest.pop("values", {})
         seeds = len(next(iter(better.values())).values)
         interval = difference(better, worse, rest.pop("margin", 0.0))
@@ -128,12 +169,23 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         methods_of(folder, "zero-shot-likelihood", tasks),
         names=("sav", "zero-shot-likelihood"),
     )
+    new = [task for task in tasks if task in NEW]
+    add(
+        "SAVs beat asking the model where its training never went.",
+        main,
+        f"{', '.join(new)}; {SHOTS} shots; likeliest answer",
+        {task: sav[task] for task in new},
+        methods_of(folder, "zero-shot-likelihood", new),
+        names=("sav", "zero-shot-likelihood"),
+        note="Nothing in training was called dangerous, and no digit was written by a hand (world.md).",
+    )
     folder = in_context(study, model)
     few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
     for method, how in (("icl", "written answers"), ("icl-likelihood", "likeliest answer")):
         claim = f"SAVs beat in-context learning with 4 demonstrations ({how})."
-        add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method))
-    heads, number = rescored(study, model), f"{many}, {{}} heads"
+        note = "No prompt of these models' training had demonstrations: this rival is weak."
+        add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method), note=note)
+    heads = rescored(study, model)
     twenty, every = per_task(heads, f"{HEADS} heads"), per_task(heads, "all heads")
     curve = {f"{n} heads": per_task(heads, f"{n} heads") for n in NUMBERS} | {"all heads": every}
     best = max((name for name in curve if name != f"{HEADS} heads"), key=lambda name: mean(curve[name]))
@@ -144,19 +196,19 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         twenty,
         curve[best],
         names=("20 heads", best),
+        curve={name: mean(curve[name]) for name in curve},
         margin=MARGIN,
         note="The best other number is the best on these very queries, which is hard on the claim.",
     )
     add(
         "Twenty heads beat all heads voting.",
         "accuracy over heads",
-        number.format("20 against all"),
+        many,
         twenty,
         every,
         names=("20 heads", "all heads"),
     )
     one = per_task(heads, "1 heads")
-    setting = number.format("20 against 1")
     add(
         "Twenty heads beat the best one alone.",
         "accuracy over heads",
@@ -184,14 +236,14 @@ def _of_model(study: Study, model: str) -> list[Finding]:
             shots[more],
             shots[less],
             names=(f"{more} shots", f"{less} shots"),
-            values={f"{n} shots": mean(shots[n]) for n in NUMBERS},
+            curve={f"{n} shots": mean(shots[n]) for n in NUMBERS},
         )
     _transfers(heads, add)
     folder = asked(study, model)
     for method, what in (("centroid-last-layer", "the last layer's"), ("centroid-all-layers", "all layers'")):
         claim = f"The chosen heads beat {what} features."
         add(claim, "table of version 2", many, sav, methods_of(folder, method, tasks), names=("sav", method))
-    for method, what in (("knn", "nearest neighbours"), ("logistic", "a linear probe")):
+    for method, what in (("knn", "nearest neighbours"), ("ridge", "a linear probe")):
         claim = f"Nearest class means on chosen heads are no more than {MARGIN:g} point below {what} on all heads."
         setting, rival = f"{many}; {MARGIN:g} point added", methods_of(folder, method, tasks)
         add(claim, "choice of classifier", setting, sav, rival, names=("sav", method), margin=MARGIN)
@@ -212,17 +264,18 @@ def _of_model(study: Study, model: str) -> list[Finding]:
             per_task(tower, name, which),
             names=("sav", name),
         )
+    yield from found
+    found.clear()
     folder, some = tuned(study, model), lora_tasks(study)  # last, as it takes longest
-    how = "one recipe" if study.quick else "the better of two rates, chosen on the examples"
     add(
         "SAVs beat LoRA on the same examples.",
         main,
-        f"{', '.join(some)}; {SHOTS} shots; rank 16, {how}",
+        f"{', '.join(some)}; {SHOTS} shots; rank 16, {30 if study.quick else 100} steps at a rate of 0.001",
         methods_of(folder, "sav", some),
         methods_of(folder, "lora", some),
         names=("sav", "lora"),
     )
-    return found
+    yield from found
 
 
 def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
@@ -265,9 +318,7 @@ def methods_of(folder: Path, method: str, tasks: Sequence[str]) -> dict[str, Ans
 
 def unreadable(folder: Path, tasks: Sequence[str]) -> str:
     """How often the model wrote something that is no answer, where that is often."""
-    from sav_jax.eval.stored import Results
-
-    results, told = Results(folder), []
+    results, told = results_of(folder), []
     for task in tasks:
         run = results.run(task, 0, "zero-shot") or results.run(task, SHOTS, "zero-shot")
         assert run is not None
@@ -284,26 +335,40 @@ def tables(study: Study) -> list[Table]:
 
 
 def _by_task(study: Study, model: str) -> Table:
-    tasks, tuned_tasks = tasks_of(study), lora_tasks(study)
+    tasks = tasks_of(study)
     heads, tower = rescored(study, model), towers(study, model)
-    columns: dict[str, Mapping[str, Answers]] = {
+    methods: dict[str, Mapping[str, Answers]] = {
         "zero-shot": methods_of(asked(study, model), "zero-shot", tasks),
         "likeliest": methods_of(asked(study, model), "zero-shot-likelihood", tasks),
         "icl": methods_of(in_context(study, model), "icl", tasks),
         "icl likeliest": methods_of(in_context(study, model), "icl-likelihood", tasks),
-        "lora": methods_of(tuned(study, model), "lora", tuned_tasks),
-        "tower": per_task(tower, TOWER),
+        TOWER: per_task(tower, TOWER),
+        WITH_WORDS: per_task(tower, WITH_WORDS),
         "last layer": methods_of(asked(study, model), "centroid-last-layer", tasks),
         "all layers": methods_of(asked(study, model), "centroid-all-layers", tasks),
         "all heads": per_task(heads, "all heads"),
         "random heads": per_task(heads, "random heads"),
         "knn": methods_of(asked(study, model), "knn", tasks),
-        "logistic": methods_of(asked(study, model), "logistic", tasks),
+        "ridge": methods_of(asked(study, model), "ridge", tasks),
         "hec": methods_of(asked(study, model), "hec", tasks),
         "sav": methods_of(asked(study, model), "sav", tasks),
     }
-    rows = [(task, *(f"{of[task].mean:.1f}" if task in of else "" for of in columns.values())) for task in tasks]
-    return Table(f"Accuracy of `{model}` by task, in %", ("task", *columns), tuple(rows))
+    if study.finished(f"savs/{model}/lora"):
+        methods["lora"] = methods_of(tuned(study, model), "lora", lora_tasks(study))
+    rows = [
+        (
+            name,
+            *(f"{of[task].mean:.1f}" if task in of else "" for task in tasks),
+            f"{mean(of):.1f}" if len(of) == len(tasks) else "",
+        )
+        for name, of in methods.items()
+    ]
+    note = (
+        f"{SHOTS} shots, {len(study.seeds)} seeds; `icl` on fewer queries. `all heads`, `random heads` and `tower`: "
+        "above; the others are methods of `sav-jax eval` ([methods.md](methods.md), "
+        "[methods-models.md](methods-models.md)): `likeliest` is `zero-shot-likelihood`, layers are `centroid-...`."
+    )
+    return Table(f"Accuracy of `{model}` by task, in %", ("method", *tasks, "mean"), tuple(rows), note)
 
 
 def plots(study: Study) -> list[Path]:

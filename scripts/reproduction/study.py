@@ -1,13 +1,14 @@
 """What all parts of the study share: where it is kept, commands that are run once, differences and verdicts.
 
-A part is a module with ``measure(study) -> list[Finding]`` and, where it has them, ``tables(study) -> list[Table]`` and
-``plots(study) -> list[Path]``. Everything slow goes through :meth:`Study.command` or :meth:`Study.kept`, which do
-nothing the second time, so that a study that was killed goes on where it was.
+A part is a module with ``measure(study) -> Iterable[Finding]`` and, where it has them, ``tables(study) ->
+list[Table]`` and ``plots(study) -> list[Path]``. Everything slow goes through :meth:`Study.command` or
+:meth:`Study.kept`, which do nothing the second time, so that a study that was killed goes on where it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ import sav_jax
 from sav_jax._files import write_file
 from sav_jax.errors import UserError
 from sav_jax.eval.statistics import Interval, paired_bootstrap
+from sav_jax.eval.stored import Results
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("tiny", "tiny-qwen")
@@ -171,6 +173,10 @@ class Study:
         _write_json(record, {"key": key, "command": line, "seconds": round(time.perf_counter() - start, 1)})
         return folder
 
+    def finished(self, name: str) -> bool:
+        """Whether a command (:meth:`command`) has been run to its end."""
+        return _json(self.output / f"{name}.json").get("seconds") is not None
+
     def kept(self, name: str, compute: Callable[[], Any], **facts: Any) -> Any:
         """What ``compute`` gives, computed once and kept as JSON.
 
@@ -271,6 +277,16 @@ def finding(part: str, interval: Interval, **rest: Any) -> Finding:
     return Finding(part=part, difference=interval.mean, low=low, high=high, **rest)
 
 
+def results_of(folder: Path) -> Results:
+    """A folder of ``sav-jax eval``, read once as long as it stays the same."""
+    return _results(folder, (folder / "results.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _results(folder: Path, _: int) -> Results:
+    return Results(folder)
+
+
 def answers_of(folder: Path, task: str, method: str, shots: int | None = None) -> Answers:
     """A method's right and wrong answers, from a folder of ``sav-jax eval``.
 
@@ -279,9 +295,7 @@ def answers_of(folder: Path, task: str, method: str, shots: int | None = None) -
       task, method: which.
       shots: which, if there are several.
     """
-    from sav_jax.eval.stored import Results
-
-    results = Results(folder)
+    results = results_of(folder)
     runs = [run for run in results.runs if run.task == task and run.method == method and shots in (None, run.shots)]
     if len(runs) != 1:
         raise UserError(f"{folder}: {len(runs)} runs of {method} on {task}, not one")
