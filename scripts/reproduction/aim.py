@@ -584,10 +584,11 @@ def plots(study: Study) -> list[Path]:
             none = mean(found.answers(tasks, "zero-shot", size.middle))
             line[0].axhline(none, color="0.5", linestyle=":", label="zero-shot")
             for axis, what in zip(
-                line, ("accuracy, %", "tokens of a prompt", "keys and values, kB", "ms per query"), strict=True
+                line, ("accuracy, %", "tokens of a prompt", "cache, kB", "ms per query"), strict=True
             ):
-                axis.set(title=f"{model}: {what}", xlabel="demonstrations", xticks=numbers)
+                axis.set(title=what, xlabel="demonstrations", xticks=numbers)
                 axis.set_ylim(bottom=0)
+            line[0].set_ylabel(model)
             line[0].legend()
         path.parent.mkdir(parents=True, exist_ok=True)
         drawing.savefig(path, metadata={"Date": None})
