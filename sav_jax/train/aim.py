@@ -111,10 +111,10 @@ class AimRecipe:
 AIM_PRESETS: Mapping[str, AimRecipe] = {
     "default": AimRecipe(),
     "tiny": AimRecipe(
-        layer=5,
+        layer=8,
         learning_rate=5e-3,
         steps=900,
-        optimization=Optimization(batch_size=16, warmup=0.05, checkpoint_every=200, log_every=20),
+        optimization=Optimization(batch_size=8, warmup=0.05, checkpoint_every=200, log_every=20),
     ),
     "debug": AimRecipe(
         shots=(1, 2),

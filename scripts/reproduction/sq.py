@@ -1,0 +1,295 @@
+"""SQ-LLaVA's ablation table (arXiv 2403.11299) in miniature: learning to ask, prototypes, updates of the vision tower.
+
+The setting is made so that questions say what answers do not. Every shape goes by another's name. Conversations ask for
+a shape's size and then "what color is the star?": its new name stands only in the second question. Sixteen pictures
+more, copied until they are a fifth of the rows, are asked "what shape is this?", the one question that counts: exact
+answers on held-out scenes. All else is equal between arms, seed by seed: scenes, steps, order, first values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sav_jax
+from sav_jax.lmm import LMM
+from sav_jax.models.decoder import read_at
+from sav_jax.models.llava import LlavaConfig
+from sav_jax.prototypes import with_prototype_extractor
+from sav_jax.train.chats import Chat, Turn
+from sav_jax.train.data import ChatData
+from sav_jax.train.optimizer import Optimization
+from sav_jax.train.recipes import Recipe
+from sav_jax.train.tune import form_of, tune
+from sav_jax.world.questions import QA
+from sav_jax.world.scene import draw, sample_scene
+from sav_jax.world.shapes import SHAPES
+from scripts.reproduction.study import Answers, Finding, Study, Table, finding
+from scripts.reproduction.trained import mean, over_both, quiet, trainings
+
+PART = "sq"
+TRAINING, HELD_OUT = 90 * 10**9, 95 * 10**9  # first seeds of scenes, beyond all other drawings of this project
+MEASURES = ("accuracy", "answer_loss", "question_loss")
+Units = list[tuple[str, float]]
+"""(scene, value) of everything that was measured."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is in a training.
+
+    Attributes:
+      questions: half of those after the first are learned, too (SQ-LLaVA); else answers alone.
+      prototypes: a fresh extractor in front of the projector's two layers.
+      vision: low-rank updates of the tower.
+    """
+
+    questions: bool = True
+    prototypes: bool = False
+    vision: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of its file, such as "questions-vision"."""
+        return "-".join(field for field, there in dataclasses.asdict(self).items() if there) or "none"
+
+
+# (what a row is about, the arm with it, the arm without)
+CLAIMS = (
+    ("questions", "Learning to ask teaches what answers alone do not", Arm(), Arm(questions=False)),
+    ("vision LoRA", "Low-rank updates of the vision tower help", Arm(), Arm(vision=False)),
+    ("prototypes", "The prototype extractor helps", Arm(prototypes=True), Arm()),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done.
+
+    Attributes:
+      rows: conversations to learn from, before the named pictures' copies.
+      steps: of training, of 8 conversations each.
+      scenes: held out; a multiple of 16.
+      learning_rate: of the language model's updates; the rest has a tenth of it.
+      num_prototypes: of a picture's 16 tokens or more.
+    """
+
+    rows: int = 1024
+    steps: int = 160
+    scenes: int = 320
+    learning_rate: float = 4e-3
+    num_prototypes: int = 8
+
+
+FULL = Size()
+QUICK = Size(rows=48, steps=6, scenes=32)
+
+
+def size_of(study: Study) -> Size:
+    """What a study does."""
+    return QUICK if study.quick else FULL
+
+
+def scene_of(seed: int, held_out: bool, named: bool) -> tuple[sav_jax.Example, list[QA]]:
+    """A shape and what is asked about it; ``named``: only what shape it is."""
+    scene = sample_scene(seed, "shape", held_out=held_out)
+    media = sav_jax.Example("-", (draw(scene),), id=str(seed), source=f"drawn scene {seed}")
+    name = SHAPES[(SHAPES.index(scene.thing.name) + 1) % len(SHAPES)]
+    if named:
+        return media, [QA("what shape is this?", name, "shape")]
+    size = QA("is the shape small or large?", scene.thing.size, "size")
+    return media, [size, QA(f"what color is the {name}?", scene.thing.color, "color")]
+
+
+def conversation(seed: int, held_out: bool, named: bool = False) -> Chat:
+    """One or two questions about a shape."""
+    media, asked = scene_of(seed, held_out, named)
+    said = [(role, text) for qa in asked for role, text in (("user", qa.question), ("assistant", qa.answer))]
+    return Chat(tuple(Turn(*turn) for turn in said), media)
+
+
+def training_chats(rows: int, seed: int) -> list[Chat]:
+    """The conversations of a seed."""
+    first = TRAINING + seed * 10**6
+    chats = [conversation(first + i, False) for i in range(rows)]
+    named = [conversation(first + rows + i, False, named=True) for i in range(16)]
+    return chats + named * max(rows // 64, 1)
+
+
+def accuracy(lmm: LMM, scenes: int) -> Units:
+    """Whether what is written is the new name."""
+    asked = []
+    for seed in range(HELD_OUT, HELD_OUT + scenes):
+        media, (qa,) = scene_of(seed, True, named=True)
+        asked.append((qa, replace(media, question=qa.question)))
+    written = sav_jax.generate(lmm, [example for _, example in asked], 4, batch_size=32, progress=False)
+    return [
+        (example.id or "", float(one.text.strip().casefold() == qa.answer))
+        for (qa, example), one in zip(asked, written, strict=True)
+    ]
+
+
+@functools.lru_cache(maxsize=4)
+def token_loss(module: Any) -> Callable[..., jax.Array]:
+    """``(params, LessonBatch) -> [B, R]``: the cross-entropy of every target, nats."""
+
+    @jax.jit
+    def losses(params: Any, data: Any) -> jax.Array:
+        output: Any = module.apply({"params": params}, data.batch)
+        hidden = read_at(output.hidden, data.batch.read_positions)
+        logits: Any = module.apply({"params": params}, hidden, method=lambda m, x: m.language_model.logits(x))
+        chosen = jnp.take_along_axis(logits, data.targets[:, :, None], axis=-1)[:, :, 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    return losses
+
+
+def turn_losses(lmm: LMM, scenes: int, asks: bool) -> Units:
+    """Nats per token (with the one that ends it) of each turn of held-out conversations: answers to a user's questions,
+    or, ``asks``, the questions but the first, which the model asks.
+    """
+    chats = [conversation(HELD_OUT + i, True) for i in range(scenes)]
+    data = ChatData(lmm, chats, form_of(lmm, Recipe()), batch_size=16, steps=scenes // 16, seed=0, sq_ratio=float(asks))
+    losses = token_loss(lmm.module)
+    units: Units = []
+    for step, plan in enumerate(data.plans):
+        batch = data[step]
+        values = np.asarray(losses(lmm.params, batch))
+        for i, (row, _) in enumerate(plan.rows):
+            places = np.flatnonzero(batch.weights[i])
+            # What is learned in one turn stands together; headers of turns, which are not learned, lie between.
+            parts = np.split(values[i, places], np.flatnonzero(np.diff(batch.batch.read_positions[i, places]) > 1) + 1)
+            assert len(parts) == (len(chats[row].turns) - 1 if asks else len(chats[row].turns) // 2)
+            kept = parts[1::2] if asks else parts
+            units += [(chats[row].media.id or "", float(part.mean())) for part in kept]
+    return sorted(units, key=lambda unit: unit[0])  # turns stay in order
+
+
+def recipe_of(size: Size, arm: Arm, seed: int) -> Recipe:
+    """The training of an arm."""
+    rate = size.learning_rate
+    return Recipe(
+        learning_rate=rate,
+        vision_rank=16 if arm.vision else 0,
+        vision_alpha=32.0,
+        vision_learning_rate=rate / 10,
+        projector_learning_rate=rate / 10,
+        steps=size.steps,
+        sq_ratio=0.5 if arm.questions else 0.0,
+        optimization=Optimization(batch_size=8, seed=seed, warmup=0.1, checkpoint_every=size.steps, keep=1),
+    )
+
+
+def cell(study: Study, load: Callable[[], LMM], model: str, arm: Arm, seed: int) -> dict[str, Units]:
+    """What a trained model was measured to do, now or before."""
+    size = size_of(study)
+
+    def compute() -> dict[str, Units]:
+        lmm = load()
+        if arm.prototypes:
+            lmm = with_prototype_extractor(lmm, seed, num_prototypes=size.num_prototypes, form="paper")
+        folder = study.output / PART / model / "training"
+        shutil.rmtree(folder, ignore_errors=True)
+        with quiet():
+            lmm = tune(lmm, training_chats(size.rows, seed), recipe_of(size, arm, seed), folder, progress=False)
+        shutil.rmtree(folder)
+        return measured(lmm, size)
+
+    facts = dataclasses.asdict(size) | {"recipe": recipe_of(size, arm, seed).facts(), "prototypes": arm.prototypes}
+    return study.kept(f"{PART}/{model}/{arm.name}-{seed}", compute, **facts)
+
+
+def measured(lmm: LMM, size: Size) -> dict[str, Units]:
+    """Accuracy and losses on held-out scenes."""
+    return {
+        "accuracy": accuracy(lmm, size.scenes),
+        "answer_loss": turn_losses(lmm, size.scenes, asks=False),
+        "question_loss": turn_losses(lmm, size.scenes, asks=True),
+    }
+
+
+Cells = Mapping[Arm | None, Sequence[Mapping[str, Units]]]
+"""Arm (None: before training) -> what was measured under each seed."""
+
+
+def cells(study: Study, model: str) -> dict[Arm | None, list[dict[str, Units]]]:
+    """All arms that a model's layout has, seed by seed."""
+    size = size_of(study)
+
+    @functools.cache
+    def load() -> LMM:
+        return sav_jax.load(model)
+
+    fits = study.kept(f"{PART}/{model}/layout", lambda: isinstance(load().config, LlavaConfig))
+    arms = list(dict.fromkeys(arm for *_, with_it, without in CLAIMS for arm in (with_it, without)))
+    before = study.kept(f"{PART}/{model}/untrained", lambda: measured(load(), size), **dataclasses.asdict(size))
+    found: dict[Arm | None, list[dict[str, Units]]] = {None: [before]}
+    for arm in arms:
+        if fits or not arm.prototypes:
+            found[arm] = [cell(study, load, model, arm, seed) for seed in trainings(study)]
+    return found
+
+
+def answers(of: Sequence[Mapping[str, Units]], what: str) -> dict[str, Answers]:
+    """What was measured under each seed, by scene."""
+    values = tuple(np.array([value for _, value in one[what]]) for one in of)
+    return {what: Answers(values, tuple(tuple(scene for scene, _ in one[what]) for one in of))}
+
+
+def measure(study: Study) -> list[Finding]:
+    """All rows of SQ-LLaVA."""
+    return [row for model in study.models for row in rows_of(study, model, cells(study, model))]
+
+
+def rows_of(study: Study, model: str, found: Cells) -> list[Finding]:
+    """The rows of a model."""
+    size = size_of(study)
+    setting = f"new names of shapes, {size.scenes} held-out scenes; {size.steps} steps of 8 conversations"
+    rows = []
+    for part, claim, with_it, without in CLAIMS:
+        whole: dict[str, Any] = {"part": PART, "claim": claim, "source": "SQ-LLaVA, ablation table"}
+        whole |= {"model": model, "setting": setting}
+        if with_it not in found:
+            nothing: dict[str, Any] = {"values": {}, "difference": None, "low": None, "high": None, "seeds": 0}
+            rows.append(Finding(**whole, **nothing, note="the layout has no place for a prototype extractor"))
+            continue
+        better, worse = (answers(found[arm], "accuracy") for arm in (with_it, without))
+        losses = [np.mean(answers(found[arm], "answer_loss")["answer_loss"].mean) / 100 for arm in (with_it, without)]
+        rows.append(
+            finding(
+                interval=over_both(better, worse),
+                **whole,
+                values={f"with {part}": mean(better), f"without {part}": mean(worse)},
+                seeds=len(trainings(study)),
+                note=f"loss of answers in conversations {losses[0]:.3f} and {losses[1]:.3f} nats per token",
+            )
+        )
+    return rows
+
+
+def tables(study: Study) -> list[Table]:
+    """The ablation table: every arm."""
+    rows = []
+    for model in study.models:
+        for arm, of in cells(study, model).items():
+            by_seed = ", ".join(f"{100 * value.mean():.1f}" for value in answers(of, "accuracy")["accuracy"].values)
+            losses = [f"{answers(of, what)[what].mean / 100:.3f}" for what in MEASURES[1:]]
+            parts = ["no training"] * 3 if arm is None else [("-", "yes")[x] for x in dataclasses.astuple(arm)]
+            rows.append((model, *parts, f"{mean(answers(of, 'accuracy')):.1f}", by_seed, *losses))
+    head = ("model", "questions", "prototypes", "vision LoRA", "accuracy of new names, %", "by seed")
+    return [
+        Table(
+            "SQ-LLaVA: what each part adds",
+            (*head, "loss of answers", "loss of questions"),
+            tuple(rows),
+            "Losses in nats per token. Language model and projector train in every arm.",
+        )
+    ]
