@@ -45,6 +45,7 @@ SIZES: dict[str, dict[str, str]] = {
 
 NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"^bash scripts/(quickstart|test)\.sh", "they make an environment; what the quickstart then runs is run"),
+    (r"^bash scripts/reproduce\.sh", "hours, or a quarter of one; tests/test_reproduction.py has all its claims"),
     (r"^(source|git clone|cd|python3 -m venv) ?", "they make an environment, or go there"),
     (r"\bpip install\b", "they install from a package index; that the extras exist is looked at"),
     (r"^srun |^gcloud |--distributed", "they need several hosts; tests/test_processes.py runs two processes"),

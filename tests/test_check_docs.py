@@ -56,7 +56,7 @@ def test_commands_are_found_in_blocks(script: ModuleType) -> None:
         ("gcloud ssh --command 'cd x && sav-jax train lora --distributed --modle m'", "has no --modle"),
         ("python scripts/nothing.py", "there is no scripts/nothing.py"),
         ("python scripts/train_tiny.py --run-dir a --fast", "has no --fast"),
-        ("python scripts/measure_aim.py --aim a --output b --speed 2", "has no --speed"),
+        ("python scripts/measure_lora.py --output b --speed 2", "has no --speed"),
         ("bash scripts/test.sh --quick && true", ""),
         ("pip install 'sav-jax[magic]'", "there is no extra 'magic'"),
         ("curl https://example.org", "neither run nor listed"),
