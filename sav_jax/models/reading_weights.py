@@ -1,8 +1,10 @@
-"""Parts of stored tensors into host arrays: every byte read once, in the order it lies in the file, by several threads.
+"""Parts of stored tensors into host arrays, read in the order in which they lie in their files, by several threads.
 
 A parameter has another layout than its file: matrices are transposed, heads have an axis of their own, a device wants a
 slice. Reading through a memory map in that order would wait for the disk at every line of a matrix. So pieces of a
-file go into a buffer first, as they lie there, and from the buffer to their places, in blocks that caches hold.
+file go into a buffer first, as they lie there, and from the buffer to their places, in blocks that caches hold. A whole
+tensor, or rows of one, is read once. Of a slice across its rows, all that lies between is read, too, up to four times
+what is wanted, and for each device that wants one (after the first from the page cache).
 """
 
 from __future__ import annotations
@@ -40,8 +42,15 @@ class StoredTensor:
     offset: int
 
     def read(self) -> np.ndarray:
-        """The tensor, memory-mapped: pages are read as they are used."""
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape) if self.shape else self._scalar()
+        """The tensor, memory-mapped: pages are read as they are used.
+
+        Raises:
+            UserError: the file has become shorter than its header says.
+        """
+        try:
+            return np.memmap(self.file, self.dtype, "r", self.offset, self.shape) if self.shape else self._scalar()
+        except ValueError:
+            raise UserError(f"{self.file}: truncated while it was read: {self.key} is cut short") from None
 
     def _scalar(self) -> np.ndarray:
         return np.fromfile(self.file, self.dtype, 1, offset=self.offset).reshape(())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,7 +160,7 @@ def weight_files(directory: Path) -> list[Path]:
     tower = [file for file in (directory / TOWER_FILE,) if file.exists()]
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index}: not a safetensors index ({error})") from None
         files = [directory / name for name in names]
@@ -186,16 +187,28 @@ def file_headers(file: Path) -> Iterator[StoredTensor]:
         except ValueError:
             raise UserError(f"{file}: not a safetensors file (unreadable header)") from None
     begin = 8 + int(length)
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: not a safetensors file (its header is no object)")
     for key, entry in header.items():
         if key == "__metadata__":
             continue
-        start, stop = entry["data_offsets"]
+        try:
+            name, shape, (start, stop) = (
+                entry["dtype"],
+                tuple(map(operator.index, entry["shape"])),
+                entry["data_offsets"],
+            )
+            dtype = {**DTYPES, **BUFFER_DTYPES}.get(name)
+            fits = dtype is None or (start >= 0 and stop - start == math.prod(shape) * dtype.itemsize)
+        except (TypeError, KeyError, ValueError):
+            raise UserError(f"{file}: damaged header: {key} lacks dtype, shape or data_offsets") from None
+        if not fits:
+            raise UserError(f"{file}: damaged header: {key}, {name} {list(shape)}, cannot be bytes {start} to {stop}")
         if begin + stop > size:
             raise UserError(f"{file}: truncated: {key} ends at byte {begin + stop}, the file has {size}")
-        dtype = {**DTYPES, **BUFFER_DTYPES}.get(entry["dtype"])
         if dtype is None:
-            raise _wrong_dtype(file, key, entry["dtype"])
-        yield StoredTensor(file, key, dtype, tuple(entry["shape"]), begin + start)
+            raise _wrong_dtype(file, key, name)
+        yield StoredTensor(file, key, dtype, shape, begin + start)
 
 
 def _wrong_dtype(file: Path, key: str, dtype: str) -> UserError:

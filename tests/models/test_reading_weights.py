@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from sav_jax.errors import UserError
 from sav_jax.models import reading_weights
 from sav_jax.models.reading_weights import Part, Reader, StoredTensor
+from sav_jax.models.weights import file_headers
 
 HEADER = 24  # bytes before the tensor
 
@@ -79,3 +82,41 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
         stream.truncate(HEADER + 100)
     with Reader() as reader, pytest.raises(UserError, match="short: truncated while it was read: w "):
         reader.read([Part(tensor, mapped, mapped.T, np.empty((32, 64), np.float32))])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"data_offsets": [2, 26]}, None),
+        ({"data_offsets": [2, 24]}, "cannot be bytes 2 to 24"),
+        ({"data_offsets": [-8, 16]}, "cannot be bytes -8 to 16"),
+        ({"data_offsets": [0, 48]}, "cannot be bytes 0 to 48"),
+        ({"dtype": "F64"}, "w, F64 [2, 3], cannot be bytes 0 to 24"),
+        ({"shape": [2, "3"]}, "w lacks dtype, shape or data_offsets"),
+        ({"shape": None}, "w lacks dtype, shape or data_offsets"),
+        ({"data_offsets": [0]}, "w lacks dtype, shape or data_offsets"),
+        ({"data_offsets": ["a", "b"]}, "w lacks dtype, shape or data_offsets"),
+        ([], "w lacks dtype, shape or data_offsets"),
+        (None, "its header is no object"),
+    ],
+)
+def test_damaged_headers_are_said_and_nothing_is_read(tmp_path: Path, entry: Any, message: str | None) -> None:
+    good = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    header = [1] if entry is None else {"w": good | entry if isinstance(entry, dict) else entry}
+    encoded = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(64))
+    if message is None:  # a gap before the tensor is allowed
+        assert [tensor.shape for tensor in file_headers(file)] == [(2, 3)]
+        return
+    with pytest.raises(UserError) as caught:
+        list(file_headers(file))
+    assert str(caught.value).startswith(f"{file}: ")
+    assert message in str(caught.value)
+
+
+def test_a_file_that_shrank_before_it_is_mapped(folder: Path) -> None:
+    tensor = stored(folder / "shrunk", np.arange(64, dtype=np.float32).reshape(8, 8))
+    tensor.file.write_bytes(bytes(HEADER + 8))
+    with pytest.raises(UserError, match="shrunk: truncated while it was read: w "):
+        tensor.read()
