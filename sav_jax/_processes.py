@@ -39,6 +39,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
     if jax.distributed.is_initialized():
         return
     _keep_stdout()
+    _speak_when_aborted()
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:  # nothing was found, or nobody answered

@@ -39,8 +39,9 @@ _TOGETHER = 8  # images encoded in one call at most
 
 @dataclass(frozen=True)
 class Encoding:
-    """An image to be encoded: rows ``start`` to ``stop`` of a prompt's pixels, and where in the pool its tokens go."""
+    """An image to be encoded: before which batch, which rows of a prompt's pixels, and where in the pool it goes."""
 
+    batch: int
     prompt: int
     start: int
     stop: int
@@ -54,11 +55,13 @@ class Schedule:
     Attributes:
         rows: X.
         fresh: of each batch.
+        used: of each of these encodings, the batches that read what it made.
         places: of each batch, prompt -> where each of its images begins.
     """
 
     rows: int
     fresh: tuple[tuple[Encoding, ...], ...]
+    used: Mapping[Encoding, frozenset[int]]
     places: tuple[Mapping[int, tuple[int, ...]], ...]
 
 
@@ -91,9 +94,11 @@ def schedule(
     if 3 * largest > rows:
         return None
     held: dict[tuple[str, int], int] = {}  # where each image lies
+    made: dict[tuple[str, int], Encoding] = {}  # by what
+    used: dict[Encoding, set[int]] = defaultdict(set)
     pointer = 1  # row 0 is the newline vector
     fresh, places = [], []
-    for plan, images in zip(plans, needed, strict=True):
+    for number, (plan, images) in enumerate(zip(plans, needed, strict=True)):
         first_shown = {}
         for row in reversed(plan.rows):
             start = sum(prompts[row].media_rows)
@@ -114,10 +119,13 @@ def schedule(
                         waiting.append(other)
             held[image] = place
             row, start = first_shown[image]
-            encodings.append(Encoding(row, start, start + image[1], place))
+            made[image] = Encoding(number, row, start, start + image[1], place)
+            encodings.append(made[image])
+        for image in images:
+            used[made[image]].add(number)
         fresh.append(tuple(encodings))
         places.append({row: tuple(held[image] for image in _images(row, prompts, media)) for row in plan.rows})
-    return Schedule(rows, tuple(fresh), tuple(places))
+    return Schedule(rows, tuple(fresh), {one: frozenset(numbers) for one, numbers in used.items()}, tuple(places))
 
 
 def _images(row: int, prompts: Sequence[Prompt], media: Sequence[Sequence[str]]) -> list[tuple[str, int]]:
@@ -125,20 +133,53 @@ def _images(row: int, prompts: Sequence[Prompt], media: Sequence[Sequence[str]])
     return list(zip(media[row], prompts[row].media_rows, strict=True))
 
 
+def _calls(fresh: Sequence[Encoding]) -> list[list[Encoding]]:
+    """What is encoded together: a few images of about one size."""
+    groups: dict[int, list[Encoding]] = defaultdict(list)
+    for one in fresh:
+        groups[round_rows(one.stop - one.start)].append(one)
+    calls = []
+    for group in groups.values():
+        while group:
+            # Powers of two: nothing is encoded twice, and few programs are compiled.
+            size = min(_TOGETHER, next_size(len(group) // 2 + 1, 1))
+            calls.append(group[:size])
+            group = group[size:]
+    return calls
+
+
 class VisualPool:
-    """The pool, and what to do for each batch. Made by :func:`pool_for`."""
+    """The pool, and what to do for each batch that is run. Made by :func:`pool_for`.
+
+    What is encoded together is the same whatever batches are run: of those that are not, the calls are made that have
+    an image which is looked for later. So a run that is resumed gives the same bits.
+    """
 
     def __init__(
-        self, lmm: LMM, prompts: Sequence[Prompt], plan: Schedule, rate: Fraction, tables: jax.ShapeDtypeStruct
+        self,
+        lmm: LMM,
+        prompts: Sequence[Prompt],
+        plan: Schedule,
+        run: Sequence[int],
+        rate: Fraction,
+        tables: jax.ShapeDtypeStruct,
     ):
         self._processor: Processor = lmm.processor
         self._encode = _encode_step(lmm.module)
         self._prompts, self._schedule, self._rate = prompts, plan, rate
+        self._calls: dict[int, list[list[Encoding]]] = {}
+        wanted, before = frozenset(run), -1
+        for number in run:
+            calls = [call for earlier in range(before + 1, number + 1) for call in _calls(plan.fresh[earlier])]
+            self._calls[number] = [
+                call for call in calls if any(wanted & plan.used.get(one, frozenset()) for one in call)
+            ]
+            before = number
         self._array = jnp.zeros((tables.shape[0], plan.rows, tables.shape[-1]), tables.dtype)
 
     def decoded(self, number: int) -> set[int]:
         """Prompts whose pixels are needed before batch ``number``."""
-        return {one.prompt for one in self._schedule.fresh[number]}
+        return {one.prompt for call in self._calls[number] for one in call}
 
     def prompts(self, number: int) -> dict[int, Prompt]:
         """The prompts of a batch with places in the pool instead of places in their own tables."""
@@ -161,19 +202,11 @@ class VisualPool:
             number: which batch.
             pixels: of the prompts in :meth:`decoded`, each ``[P_i, ...]``.
         """
-        groups: dict[int, list[Encoding]] = defaultdict(list)
-        for one in self._schedule.fresh[number]:
-            groups[round_rows(one.stop - one.start)].append(one)
-        calls = []
-        for rows, group in groups.items():
-            while group:
-                # Powers of two: nothing is encoded twice, and few programs are compiled.
-                size = min(_TOGETHER, next_size(len(group) // 2 + 1, 1))
-                calls.append(self._stacked(group[:size], rows, pixels))
-                group = group[size:]
-        return calls
+        return [self._stacked(call, pixels) for call in self._calls[number]]
 
-    def _stacked(self, group: Sequence[Encoding], rows: int, pixels: Mapping[int, np.ndarray]) -> tuple[Any, ...]:
+    def _stacked(self, group: Sequence[Encoding], pixels: Mapping[int, np.ndarray]) -> tuple[Any, ...]:
+        rows = round_rows(group[0].stop - group[0].start)
+
         def padded(values: Sequence[np.ndarray]) -> np.ndarray:
             out = np.zeros((len(values), rows, *values[0].shape[1:]), values[0].dtype)
             for row, value in zip(out, values, strict=True):
@@ -200,20 +233,25 @@ class VisualPool:
 
 
 def pool_for(
-    lmm: LMM, plans: Sequence[BatchPlan], prompts: Sequence[Prompt], media: Sequence[Sequence[str]] | None
+    lmm: LMM,
+    plans: Sequence[BatchPlan],
+    run: Sequence[int],
+    prompts: Sequence[Prompt],
+    media: Sequence[Sequence[str]] | None,
 ) -> VisualPool | None:
     """A pool for these batches; None if it would not pay, or the model lives on several devices.
 
     Args:
         lmm: the model.
         plans, prompts, media: see :func:`schedule`.
+        run: numbers of the batches that will be run, in order.
     """
     if media is None or jax.process_count() > 1 or (lmm.mesh is not None and lmm.mesh.size > 1):
         return None
     tables, rate = _shape_of_tables(lmm)
     row_bytes = tables.shape[0] * tables.shape[-1] * tables.dtype.itemsize
     plan = schedule(plans, prompts, media, rate, POOL_BYTES // row_bytes)
-    return None if plan is None else VisualPool(lmm, prompts, plan, rate, tables)
+    return None if plan is None else VisualPool(lmm, prompts, plan, run, rate, tables)
 
 
 def _shape_of_tables(lmm: LMM) -> tuple[jax.ShapeDtypeStruct, Fraction]:

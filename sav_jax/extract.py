@@ -152,9 +152,9 @@ def run_heads(
     """
     packs = packed(lmm, prompts, media if edit is None else None)
     plans = plan_batches([one.prompt for one in packs], batch_size, data_size(lmm.mesh))
-    plans = [plan for plan in plans if any(i in wanted for pack_row in plan.rows for i in packs[pack_row].members)]
+    run = [n for n, plan in enumerate(plans) if any(i in wanted for row in plan.rows for i in packs[row].members)]
     if progress:
-        say_shared([packs[row] for plan in plans for row in plan.rows], what)
+        say_shared([packs[row] for number in run for row in plans[number].rows], what)
     for plan, values in run_batches(
         lmm,
         heads_step(lmm.module, on_one_cpu(lmm)),
@@ -165,6 +165,7 @@ def run_heads(
         what=what,
         further=lambda _: () if edit is None else (edit,),
         media=None if media is None else [media[one.members[0]] for one in packs],
+        run=run,
     ):
         index, heads = apart(packs, plan, values)
         check_finite(heads, [examples[i] for i in index])
@@ -335,8 +336,9 @@ def run_batches(
     what: str,
     further: Callable[[BatchPlan], tuple[Any, ...]] = lambda _: (),
     media: Sequence[Sequence[str]] | None = None,
+    run: Sequence[int] | None = None,
 ) -> Iterator[tuple[BatchPlan, Any]]:
-    """Run ``step(params, batch, *further(plan))`` on every plan.
+    """Run ``step(params, batch, *further(plan))`` on every plan, or on those with the numbers in ``run``.
 
     With ``media``, digests of each prompt's images and videos, those that are shown again are not encoded again, on one
     device (:mod:`sav_jax._visual_pool`).
@@ -352,7 +354,8 @@ def run_batches(
         UserError: an image or video cannot be read; after the batches before have been yielded.
     """
 
-    pool = pool_for(lmm, plans, prompts, media)
+    run = range(len(plans)) if run is None else run
+    pool = pool_for(lmm, plans, run, prompts, media)
 
     def rows_of(plan: BatchPlan) -> BatchPlan:
         """The plan of this process's rows."""
@@ -385,11 +388,11 @@ def run_batches(
         return sum(max(1, len(prompts[row].reads)) for row in plan.rows)
 
     bar = tqdm(
-        total=sum(map(number_of, plans)),
+        total=sum(number_of(plans[number]) for number in run),
         desc=what,
         unit=" examples",
         file=sys.stderr,
-        disable=not progress or not plans or jax.process_index() != 0,
+        disable=not progress or not run or jax.process_index() != 0,
         mininterval=0.5,
     )
     # Two pools, as a batch waits for its pictures: in one, waiting threads could leave none to decode.
@@ -397,7 +400,7 @@ def run_batches(
     watch = Stopwatch()
     unreadable: UserError | None = None
     try:
-        upcoming = enumerate(plans)
+        upcoming = ((number, plans[number]) for number in run)
         prepared = deque(prepare(*following) for _, following in zip(range(2), upcoming, strict=False))
         running: deque[tuple[BatchPlan, Any]] = deque()
         while prepared or running:

@@ -50,7 +50,7 @@ def mesh_of(devices: Sequence[Any], axes: str) -> Mesh:
     sizes: dict[str, int] = {}
     for part in axes.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in AXES or name in sizes or not size.isdigit() or int(size) < 1:
+        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
             raise UserError(f"--mesh takes sizes of {', '.join(AXES)}, such as data=4,model=4, not {axes!r}")
         sizes[name] = int(size)
     if math.prod(sizes.values()) != len(devices):

@@ -70,6 +70,38 @@ def test_heads_are_those_of_every_prompt_alone(
     np.testing.assert_allclose(small, together, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("rows_of_pool", [None, 2], ids=["a large pool", "one that images leave"])
+def test_a_resumed_run_gives_the_same_bits(
+    rows_of_pool: int | None, lmm: sav_jax.LMM, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is left to do: images are encoded with those that they are encoded with in an undisturbed run."""
+    prompts = sav_jax.extract.plan_prompts(lmm, EXAMPLES)
+    if rows_of_pool is not None:
+        tables, _ = _visual_pool._shape_of_tables(lmm)
+        largest = max(sum(prompt.visual_index[:, 0] > 0) for prompt in prompts)
+        size = rows_of_pool * 4 * largest * tables.shape[0] * tables.shape[-1] * 4
+        monkeypatch.setattr(_visual_pool, "POOL_BYTES", int(size))
+    media = [sav_jax.extract.media_digests(example) for example in EXAMPLES]
+
+    def heads(wanted: set[int]) -> dict[int, np.ndarray]:
+        encoded.clear()
+        runs = sav_jax.extract.run_heads(lmm, prompts, EXAMPLES, 2, wanted, media, progress=False, what="", edit=None)
+        return {row: values[i] for rows, values in runs for i, row in enumerate(rows)}
+
+    whole = heads(set(range(len(EXAMPLES))))
+    everything = sum(encoded)
+    assert everything
+    fewer = 0
+    for first in range(1, len(EXAMPLES)):
+        rest = heads(set(range(first, len(EXAMPLES))))
+        assert set(rest) >= set(range(first, len(EXAMPLES)))
+        assert sum(encoded) <= everything
+        fewer += sum(encoded) < everything
+        for row, values in rest.items():
+            np.testing.assert_array_equal(values, whole[row])
+    assert fewer, "what nobody looks for is not encoded"
+
+
 def test_no_pool_where_it_would_not_pay(lmm: sav_jax.LMM, encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     distinct = [Example("What?", (picture(30, 30, seed=i),)) for i in range(4)]
     extract_heads(lmm, distinct, batch_size=2, progress=False)
