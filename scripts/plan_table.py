@@ -77,8 +77,8 @@ def row(name: str, config: Path, topology: str, mesh: str) -> str:
 
 def main(words: list[str]) -> int:
     """Prints the rows of the models that were named."""
-    if set(words) - set(TEXT_SIZES):
-        print(__doc__, file=sys.stderr)
+    if unknown := sorted(set(words) - set(TEXT_SIZES)):
+        print(f"error: no size {', '.join(unknown)} (there are {', '.join(TEXT_SIZES)})", file=sys.stderr)
         return 2
     titles = ["model", "slice", "mesh", "batch", "weights + temporaries, GiB", "largest batch"]
     print("| " + " | ".join([*titles, *(f"{kind}, ms" for kind in _TIMES)]) + " |")
