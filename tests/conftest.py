@@ -139,7 +139,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = extract.run_batches
 
     def spy(lmm: Any, step: Any, plans: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
-        rows.extend(sum(max(1, len(prompts[row].reads)) for row in plan.rows) for plan in plans)
+        run = options.get("run")
+        chosen = plans if run is None else [plans[number] for number in run]
+        rows.extend(sum(max(1, len(prompts[row].reads)) for row in plan.rows) for plan in chosen)
         return original(lmm, step, plans, prompts, *rest, **options)
 
     for module in (extract, reading):
