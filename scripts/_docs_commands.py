@@ -56,7 +56,6 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"^python tests/families", "takes minutes; tests/models asserts the same over the same cases"),
     (r"scripts/bench_gpu\.py", "needs a GPU; tests/test_bench_gpu.py runs it at small sizes"),
     (r"scripts/bench_pytorch\.py", "takes minutes, and is told nothing by small sizes"),
-    (r"scripts/measure_(aim|sq)\.py", "takes minutes; tests/eval, tests/train run them at small sizes"),
     (r"scripts/train_tiny_gpu\.sh|train_tiny\.py --preset tiny", "takes hours; the debug presets are run"),
 )
 """Commands that are not run (a pattern, and why): their options must be ones that the command has."""
