@@ -217,8 +217,8 @@ def test_agreement_of_chosen_heads() -> None:
     assert rescoring.agreement([[1, 2], [1, 2], [3, 4]]) == pytest.approx(1 / 3)
     assert rescoring.agreement([[1, 2], [3, 4]], [[1, 2], [1, 2]]) == 0.5
     assert rescoring.by_chance(20) == 1  # all of them
-    # Of 96 heads twenty share 400 / 96 with another twenty on average. J = c / (40 - c) bends: half its second derivative
-    # (0.0017) times c's variance (2.6) makes 0.0023; the mean of 2,000 draws has a standard error of 0.0011.
+    # Of 96 heads twenty share 400 / 96 with another twenty on average. J = c / (40 - c) bends: half its second
+    # derivative (0.0017) times c's variance (2.6) makes 0.0023; the mean of 2,000 draws has a standard error of 0.0011.
     assert rescoring.by_chance(96) == pytest.approx(400 / 96 / (40 - 400 / 96), abs=0.01)
 
 
