@@ -188,7 +188,8 @@ def _aligned(x: np.ndarray) -> np.ndarray:
 def _directions(vectors: jax.Array) -> jax.Array:
     """Scale float32 vectors [..., H] to length 1; a zero vector stays zero, so that its cosines are 0.
 
-    Dividing by the largest component first keeps the squares of any finite vector from overflowing or vanishing.
+    Dividing by the largest component first keeps squares from overflowing or vanishing, of any finite vector whose
+    largest component is a normal number (1.2e-38 or more): XLA takes those below for 0.
     """
     largest = jnp.max(jnp.abs(vectors), axis=-1, keepdims=True)
     vectors = vectors / jnp.where(largest > 0, largest, 1)

@@ -68,7 +68,8 @@ class Report:
             code. If it does not fit: as much as the compiler said.
         parameters: bytes of the model's parameters, frozen or not (a part of the arguments); None if it does not fit,
             like all that follows.
-        arguments, outputs, temporaries: bytes; ``outputs`` are those not written over arguments.
+        arguments, outputs, temporaries, code: bytes; ``outputs`` are those not written over arguments, ``code`` is the
+            program itself.
         flops: of matrix products, everything that is computed twice counted twice, shared evenly among the chips.
         collectives: by kind; None where the compiler cannot print its program.
         cycles: what the compiler estimates for all instructions, one after the other, without kernels of our own (the
@@ -87,6 +88,7 @@ class Report:
     arguments: int | None = None
     outputs: int | None = None
     temporaries: int | None = None
+    code: int | None = None
     flops: float | None = None
     collectives: tuple[Collective, ...] | None = None
     cycles: int | None = None
@@ -121,8 +123,9 @@ class Report:
         axes = ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
         lines = [f"{self.program}", f"{self.topology}: {chips} x {self.device}, mesh {axes}", "each chip:"]
         sizes = {"parameters": self.parameters, "arguments": self.arguments, "outputs": self.outputs}
-        sizes |= {"temporaries": self.temporaries}
+        sizes |= {"temporaries": self.temporaries, "code": self.code}
         notes = {"arguments": "with the parameters and the optimiser's state", "outputs": "beyond what they replace"}
+        notes |= {"code": "the program"}
         for name, size in sizes.items():
             if size is not None:
                 lines.append(f"  {name:<12}{_readable(size)}  {notes.get(name, '')}".rstrip())
@@ -275,6 +278,7 @@ def plan(
         arguments=sizes.argument_size_in_bytes,
         outputs=outputs,
         temporaries=sizes.temp_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
         flops=product_flops(traced.jaxpr.jaxpr) / len(devices),
         collectives=None if printed is None else collectives(printed),
         cycles=None if printed is None else estimated_cycles(printed),

@@ -195,6 +195,8 @@ def main(arguments: Arguments) -> None:
         f"{sum(sizes) / GIB:.2f} GiB in {len(files)} files, the largest {max(sizes) / GIB:.2f} GiB; "
         f"{reading_weights.THREADS} threads"
     )
+    if arguments.small:
+        print("tiny sizes: the rates below are those of starting, not of reading")
     for what, values in rates.items():
         user, system = (
             statistics.median(one[of] * GIB / one["bytes"] for one in found[what]) for of in ("user", "system")

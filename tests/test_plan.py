@@ -113,7 +113,8 @@ def test_a_step_of_training_for_a_pod(tmp_path: Path, capsys: pytest.CaptureFixt
     # What trains and its two moments are replaced in place; two metrics and a counter come out.
     assert report.outputs < 100_000
     assert report.temporaries > 0
-    assert report.total >= report.arguments + report.temporaries
+    assert report.code is not None
+    assert report.total == report.arguments + report.outputs + report.temporaries + report.code
     # Forward, again in the backward pass (remat), and the gradient of activations: 2 flops per parameter and token
     # each; weights that are frozen have no gradient. The tower's layers see other numbers of tokens.
     text = {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(

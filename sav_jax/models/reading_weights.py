@@ -2,9 +2,9 @@
 
 A parameter has another layout than its file: matrices are transposed, heads have an axis of their own, a device wants a
 slice. Reading through a memory map in that order would wait for the disk at every line of a matrix. So pieces of a
-file go into a buffer first, as they lie there, and from the buffer to their places, in blocks that caches hold. A whole
-tensor, or rows of one, is read once. Of a slice across its rows, all that lies between is read, too, up to four times
-what is wanted, and for each device that wants one (after the first from the page cache).
+file go into a buffer first, as they lie there, and from the buffer to their places, in blocks that caches hold. What
+the devices of a process want of a tensor is read once for all of them. Of a slice across its rows, what lies between
+is read, too, unless it is more than three times the slice.
 """
 
 from __future__ import annotations
@@ -63,14 +63,24 @@ class Part:
     Attributes:
         tensor: the tensor.
         mapped: what its ``read()`` gave.
-        wanted: a view of ``mapped``: any order of axes, any slice. (A copy will do, but was read the slow way.)
-        target: an array of the same shape; what is read is cast to its dtype.
+        view: ``mapped`` with its axes in any order, split or merged. (A copy will do, but was read the slow way.)
+        takes: for each target (a slice of each axis of ``view`` with start and stop and without a step, an array of
+            that slice's shape); what is read is cast to the target's dtype.
     """
 
     tensor: StoredTensor
     mapped: np.ndarray
-    wanted: np.ndarray
-    target: np.ndarray
+    view: np.ndarray
+    takes: tuple[tuple[tuple[slice, ...], np.ndarray], ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a tensor that is read at once: views of the tensor's ``mapped``, and their targets."""
+
+    tensor: StoredTensor
+    mapped: np.ndarray
+    takes: tuple[tuple[np.ndarray, np.ndarray], ...]
 
 
 class Reader:
@@ -100,42 +110,64 @@ class Reader:
         else:
             list(self._threads.map(self._read, pieces))
 
-    def _read(self, part: Part) -> None:
-        wanted, target = part.wanted, part.target
-        size = _extent(wanted)
-        if not np.may_share_memory(part.mapped, wanted) or size > _MOSTLY_UNWANTED * wanted.nbytes:
-            copy(wanted, target)  # through the memory map
+    def _read(self, piece: _Piece) -> None:
+        start, size = _extent([wanted for wanted, _ in piece.takes])
+        if not size:
             return
-        offset = part.tensor.offset + wanted.ctypes.data - part.mapped.ctypes.data
-        if wanted.dtype == target.dtype and wanted.flags.c_contiguous and target.flags.c_contiguous:
-            _fill(part.tensor, offset, target.reshape(-1).view(np.uint8))
+        shared = np.may_share_memory(piece.mapped, piece.takes[0][0])
+        if not shared or size > _MOSTLY_UNWANTED * sum(wanted.nbytes for wanted, _ in piece.takes):
+            for wanted, target in piece.takes:
+                copy(wanted, target)  # through the memory map
+            return
+        offset = piece.tensor.offset + start - piece.mapped.ctypes.data
+        wanted, target = piece.takes[0]
+        straight = wanted.dtype == target.dtype and wanted.flags.c_contiguous and target.flags.c_contiguous
+        if straight and len(piece.takes) == 1:
+            _fill(piece.tensor, offset, target.reshape(-1).view(np.uint8))
             return
         room: np.ndarray = getattr(self._own, "room", aligned_empty((0,), np.uint8))
         if room.size < size:
             room = self._own.room = aligned_empty((size,), np.uint8)
-        _fill(part.tensor, offset, room[:size])
-        copy(np.ndarray(wanted.shape, wanted.dtype, room.data, strides=wanted.strides), target)
+        _fill(piece.tensor, offset, room[:size])
+        for wanted, target in piece.takes:
+            lies = wanted.ctypes.data - start
+            copy(np.ndarray(wanted.shape, wanted.dtype, room.data, lies, wanted.strides), target)
 
 
-def _pieces(part: Part) -> Iterator[Part]:
-    """The part in pieces of no more than so many bytes of the file, cut along the axis that is slowest there."""
-    wanted = part.wanted
-    size = _extent(wanted)
-    if size <= _PIECE_BYTES or wanted.ndim == 0:
-        yield part
+def _pieces(part: Part) -> Iterator[_Piece]:
+    """The part in pieces of no more than so many bytes of the file, cut along the axis that is slowest there, and where
+    a take begins or ends.
+    """
+    view = part.view
+    if view.ndim == 0:
+        yield _Piece(part.tensor, part.mapped, tuple((view, target) for _, target in part.takes))
         return
-    slowest = max(range(wanted.ndim), key=lambda axis: (wanted.shape[axis] > 1, wanted.strides[axis]))
-    rows = max(1, _PIECE_BYTES // wanted.strides[slowest])
-    for start in range(0, wanted.shape[slowest], rows):
-        at = (slice(None),) * slowest + (slice(start, start + rows),)
-        yield Part(part.tensor, part.mapped, wanted[at], part.target[at])
+    slowest = max(range(view.ndim), key=lambda axis: (view.shape[axis] > 1, view.strides[axis]))
+    rows = max(1, _PIECE_BYTES // max(1, view.strides[slowest]))
+    edges = sorted({edge for at, _ in part.takes for edge in (at[slowest].start, at[slowest].stop)})
+    for first, last in itertools.pairwise(edges):
+        takes = [(at, to) for at, to in part.takes if at[slowest].start <= first and last <= at[slowest].stop]
+        for start in range(first, last, rows):
+            stop = min(start + rows, last)
+            here = []
+            for at, target in takes:
+                ours = slice(start - at[slowest].start, stop - at[slowest].start)
+                from_, to = list(at), [slice(None)] * view.ndim
+                from_[slowest], to[slowest] = slice(start, stop), ours
+                here.append((view[tuple(from_)], target[tuple(to)]))
+            if here:
+                yield _Piece(part.tensor, part.mapped, tuple(here))
 
 
-def _extent(view: np.ndarray) -> int:
-    """Bytes from the first number of a view to the end of its last."""
-    if view.size == 0:
-        return 0
-    return sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True)) + view.itemsize
+def _extent(views: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Where in memory the first number of some views of one array is, and how many bytes to the end of the last."""
+    starts, ends = [], []
+    for view in views:
+        if view.size:
+            steps = sum((n - 1) * step for n, step in zip(view.shape, view.strides, strict=True))
+            starts.append(view.ctypes.data)
+            ends.append(view.ctypes.data + steps + view.itemsize)
+    return min(starts, default=0), max(ends, default=0) - min(starts, default=0)
 
 
 def _fill(tensor: StoredTensor, offset: int, room: np.ndarray) -> None:

@@ -45,6 +45,7 @@ BUFFER_DTYPES: dict[str, np.dtype[Any]] = {
 INDEX_FILE = "model.safetensors.index.json"
 TOWER_FILE = "vision_tower.safetensors"
 """A file of weights that is read beside the others, whether an index names it or not."""
+_TOGETHER_BYTES = 4 * 2**30  # of host memory: slices of a parameter for the devices of a process
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,8 @@ def load_params(
         table: the model's table.
         abstract: the wanted tree (``jax.eval_shape`` of ``init``).
         dtype: every parameter is cast to it.
-        sharding: parameter path and shape -> where it goes; each process reads only its slices. None: one default
-            device.
+        sharding: parameter path and shape -> where it goes; each process reads only its slices, once for all its
+            devices. None: one default device.
 
     Raises:
         CheckpointError: keys missing, unknown, misshapen or duplicated; all of them.
@@ -246,28 +247,56 @@ def load_params(
                 continue
             sources = [tensors[key] for key in entry.stored_keys()]
             shape = wanted[entry.target].shape
-
-            def read(index: Any, entry: Entry = entry, sources: list[StoredTensor] = sources) -> np.ndarray:
-                if entry.layers is None:
-                    mapped = sources[0].read()
-                    part = entry.to_param(mapped)[index]
-                    out = aligned_empty(part.shape, dtype)
-                    reader.read([Part(sources[0], mapped, np.asarray(part), out)])
-                    return out
-                wanted_layers = sources[index[0]]
-                mapped_layers = [source.read() for source in wanted_layers]
-                parts = [entry.to_param(mapped)[index[1:]] for mapped in mapped_layers]
-                out = aligned_empty((len(parts), *parts[0].shape), dtype)
-                places = [out[i, ...] for i in range(len(parts))]
-                layers = zip(wanted_layers, mapped_layers, parts, places, strict=True)
-                reader.read([Part(*layer) for layer in layers])
-                return out
-
             if sharding is None:
-                flat[entry.target] = jax.device_put(read((slice(None),) * len(shape)), may_alias=True)
+                (whole,) = _read(reader, entry, sources, dtype, [tuple(slice(0, n) for n in shape)])
+                flat[entry.target] = jax.device_put(whole, may_alias=True)
             else:
-                flat[entry.target] = jax.make_array_from_callback(shape, sharding(entry.target, shape), read)
+                flat[entry.target] = _sharded(reader, entry, sources, dtype, shape, sharding(entry.target, shape))
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _read(
+    reader: Reader, entry: Entry, sources: Sequence[StoredTensor], dtype: Any, slices: Sequence[tuple[slice, ...]]
+) -> list[np.ndarray]:
+    """Slices of a parameter, each tensor read once for all of them."""
+    arrays = [aligned_empty(tuple(at.stop - at.start for at in index), dtype) for index in slices]
+    parts = []
+    for layer, source in enumerate(sources):
+        takes = []
+        for index, array in zip(slices, arrays, strict=True):
+            if entry.layers is None:
+                takes.append((index, array))
+            elif index[0].start <= layer < index[0].stop:
+                takes.append((index[1:], array[layer - index[0].start, ...]))
+        if takes:
+            mapped = source.read()
+            parts.append(Part(source, mapped, np.asarray(entry.to_param(mapped)), tuple(takes)))
+    reader.read(parts)
+    return arrays
+
+
+def _sharded(
+    reader: Reader,
+    entry: Entry,
+    sources: Sequence[StoredTensor],
+    dtype: Any,
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    """A parameter on its devices, of which this process reads what its own ones hold."""
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(at.indices(n)[:2] for at, n in zip(index or (), shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    size = max(1, math.prod(sharding.shard_shape(shape)) * np.dtype(dtype).itemsize)
+    together = max(1, _TOGETHER_BYTES // size)  # slices that share one reading
+    shards = []
+    for first in range(0, len(holders), together):
+        some = list(holders)[first : first + together]
+        slices = [tuple(slice(*bound) for bound in bounds) for bounds in some]
+        for bounds, array in zip(some, _read(reader, entry, sources, dtype, slices), strict=True):
+            shards += [jax.device_put(array, device, may_alias=True) for device in holders[bounds]]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _match(directory: Path, table: Table, wanted: Mapping[str, Any]) -> dict[str, StoredTensor]:

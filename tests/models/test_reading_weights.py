@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoints import Reference
+from families import mesh_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sav_jax
 from sav_jax.errors import UserError
-from sav_jax.models import reading_weights
+from sav_jax.models import reading_weights, weights
 from sav_jax.models.reading_weights import Part, Reader, StoredTensor
-from sav_jax.models.weights import file_headers
+from sav_jax.models.weights import file_headers, read_headers
 
 HEADER = 24  # bytes before the tensor
 
@@ -45,33 +50,71 @@ def test_any_part_in_pieces_of_any_size(
     tensor = stored(folder / "w", numbers)
     mapped = tensor.read()
     axes = random.sample(range(len(shape)), len(shape))
-    at = tuple(slice(start := random.randrange(n), random.randint(start, n)) for n in (shape[axis] for axis in axes))
-    part = np.asarray(mapped.transpose(axes)[at])
-    target = np.zeros(part.shape, jnp.dtype(wanted))
+    view = np.asarray(mapped.transpose(axes))
+    takes = []
+    for _ in range(random.randint(1, 3)):
+        at = tuple(slice(start := random.randrange(n), random.randint(start, n)) for n in view.shape)
+        takes.append((at, np.zeros(view[at].shape, jnp.dtype(wanted))))
     with pytest.MonkeyPatch.context() as patch, Reader() as reader:
         patch.setattr(reading_weights, "_PIECE_BYTES", piece)
-        reader.read([Part(tensor, mapped, part, target)])
-    np.testing.assert_array_equal(target, numbers.transpose(axes)[at].astype(jnp.dtype(wanted)))
+        reader.read([Part(tensor, mapped, view, tuple(takes))])
+    for at, target in takes:
+        np.testing.assert_array_equal(target, numbers.transpose(axes)[at].astype(jnp.dtype(wanted)))
 
 
-def test_only_what_is_wanted_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a matrix are read alone, whichever way they are stored in the parameter."""
-    numbers = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
-    tensor = stored(folder / "rows", numbers)
-    spans: list[tuple[int, int]] = []
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """(file, first byte, bytes) of everything that is read."""
+    seen: list[tuple[str, int, int]] = []
     fill = reading_weights._fill
 
     def counted(tensor: StoredTensor, offset: int, room: np.ndarray) -> None:
-        spans.append((offset, room.size))
+        seen.append((tensor.key, offset, room.size))
         fill(tensor, offset, room)
 
     monkeypatch.setattr(reading_weights, "_fill", counted)
+    return seen
+
+
+def test_only_what_is_wanted_is_read(folder: Path, spans: list[tuple[str, int, int]]) -> None:
+    """Rows of a matrix are read alone, whichever way they are stored in the parameter, and once for all who want them;
+    rows that nobody wants are not read.
+    """
+    numbers = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
+    tensor = stored(folder / "rows", numbers)
     mapped = tensor.read()
-    target = np.empty((32, 16), np.float32)
+    columns = (slice(16, 32), slice(16, 40), slice(50, 64))
+    takes = tuple(((slice(0, 32), at), np.empty((32, at.stop - at.start), np.float32)) for at in columns)
     with Reader() as reader:
-        reader.read([Part(tensor, mapped, mapped.T[:, 16:32], target)])
-    assert spans == [(HEADER + 16 * 32 * 4, 16 * 32 * 4)]
-    np.testing.assert_array_equal(target, numbers.T[:, 16:32])
+        reader.read([Part(tensor, mapped, mapped.T, takes)])
+    row = 32 * 4
+    assert sorted(spans) == [("w", HEADER + a * row, (b - a) * row) for a, b in ((16, 32), (32, 40), (50, 64))]
+    for (_, at), target in takes:
+        np.testing.assert_array_equal(target, numbers.T[:, at])
+
+
+@pytest.mark.parametrize("axes", [{"model": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2, "model": 2}, {"data": 8}], ids=str)
+@pytest.mark.parametrize("together", [2**32, 1], ids=["together", "one by one"])
+def test_what_devices_want_is_read_once(
+    reference: Reference,
+    lmm: sav_jax.LMM,
+    spans: list[tuple[str, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    axes: dict[str, int],
+    together: int,
+) -> None:
+    """On any mesh, as long as their slices fit into the host's memory together."""
+    monkeypatch.setattr(weights, "_TOGETHER_BYTES", together)
+    sharded = sav_jax.load(reference.directory, mesh=mesh_of(axes))
+    jax.tree.map(np.testing.assert_array_equal, sharded.params, lmm.params)
+    read: dict[str, list[tuple[int, int]]] = {}
+    for key, offset, size in spans:
+        read.setdefault(key, []).append((offset, offset + size))
+    twice = [key for key, parts in read.items() if any(a[1] > b[0] for a, b in itertools.pairwise(sorted(parts)))]
+    assert bool(twice) == (together == 1 and axes != {"data": 8}), twice
+    # Pixels of a patch are three axes in the file and one in the parameter: turned before it is sliced.
+    turned = {"vision_tower.embeddings.patch_embedding.weight"}
+    assert read.keys() == {tensor.key for tensor in read_headers(reference.directory)} - turned
 
 
 def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
@@ -81,7 +124,7 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
     with tensor.file.open("r+b") as stream:
         stream.truncate(HEADER + 100)
     with Reader() as reader, pytest.raises(UserError, match="short: truncated while it was read: w "):
-        reader.read([Part(tensor, mapped, mapped.T, np.empty((32, 64), np.float32))])
+        reader.read([Part(tensor, mapped, mapped.T, (((slice(0, 32), slice(0, 64)), np.empty((32, 64), np.float32)),))])
 
 
 @pytest.mark.parametrize(
