@@ -20,7 +20,7 @@ class Arguments:
     """Tests the papers' claims on the bundled models."""
 
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Fewer tasks, queries and steps; the page is written to the output folder, not to docs/."""
+    """Fewer tasks, seeds, queries and steps; the page is written to the output folder, not to docs/."""
 
     output: Path | None = None
     """Folder for all that is measured, by default results/reproduction or results/reproduction-quick. What is there is
@@ -48,6 +48,7 @@ def main(arguments: Arguments) -> None:
     study = Study(
         output,
         models,
+        seeds=(0, 1) if arguments.quick else (0, 1, 2),
         quick=arguments.quick,
         pages=output if arguments.quick else ROOT / "docs",
     )

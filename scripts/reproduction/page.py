@@ -39,7 +39,7 @@ Every claim of the three papers that the bundled models can test, tested on both
 
 ```bash
 bash scripts/reproduce.sh          # all of it, on a CPU: hours
-bash scripts/reproduce.sh --quick  # fewer tasks, queries and steps, under 15 minutes; a page in results/ to try it
+bash scripts/reproduce.sh --quick  # fewer tasks, seeds, queries, steps, under 15 minutes; a page in results/ to try it
 ```
 
 from what they measure; none of its figures is typed. What holds here holds for models of {size} on a
@@ -91,7 +91,7 @@ def _introduction(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
     told = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     text = INTRODUCTION.format(size="five million parameters", seeds=told, number=len(everything))
     if study.quick:
-        text += "\n**This is the quick form: few tasks and queries, wide intervals. Do not quote it.**\n"
+        text += "\n**This is the quick form: few tasks, seeds and queries, wide intervals. Do not quote it.**\n"
     return text
 
 

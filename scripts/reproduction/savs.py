@@ -103,7 +103,7 @@ def in_context(study: Study, model: str) -> Path:
 
 def tuned(study: Study, model: str) -> Path:
     """LoRA on the same examples."""
-    recipe = ["--lora-rates", "1e-3", "--lora-steps", "30" if study.quick else "100"]
+    recipe = ["--lora-rates", "1e-3", "--lora-steps", "20" if study.quick else "100"]
     return _eval(study, model, "lora", lora_tasks(study), ("sav", "lora", "lora-likelihood"), study.limit, *recipe)
 
 
@@ -270,7 +270,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
     add(
         "SAVs beat LoRA on the same examples.",
         main,
-        f"{', '.join(some)}; {SHOTS} shots; rank 16, {30 if study.quick else 100} steps at a rate of 0.001",
+        f"{', '.join(some)}; {SHOTS} shots; rank 16, {20 if study.quick else 100} steps at a rate of 0.001",
         methods_of(folder, "sav", some),
         methods_of(folder, "lora", some),
         names=("sav", "lora"),

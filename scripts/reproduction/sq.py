@@ -82,8 +82,8 @@ class Size:
       num_prototypes: of a picture's 16 tokens or more.
     """
 
-    rows: int = 1024
-    steps: int = 160
+    rows: int = 2048
+    steps: int = 320
     scenes: int = 320
     learning_rate: float = 4e-3
     num_prototypes: int = 8

@@ -109,7 +109,7 @@ class Study:
     @property
     def limit(self) -> int:
         """Queries per task and seed."""
-        return 100 if self.quick else 400
+        return 60 if self.quick else 400
 
     @property
     def cache(self) -> str:
