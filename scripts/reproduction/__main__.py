@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -52,24 +54,59 @@ def main(arguments: Arguments) -> None:
         quick=arguments.quick,
         pages=output if arguments.quick else ROOT / "docs",
     )
+    if arguments.page_only:
+        pass
+    elif study.quick and len(models) > 1:
+        side_by_side(arguments, models, output)
+    else:
+        measure(study, parts)
+    print(f"written to {study.shown(page.write(study))}")
+
+
+def measure(study: Study, parts: Sequence[str]) -> None:
+    """What is missing of the parts, in this process."""
     keep_programs(study.cache)
-    for part in parts if not arguments.page_only else ():
+    for part in parts:
         code = page.module(part)
         if code is None:
             study.say(f"{part}: there is no such part yet")
             continue
-        for model in models:
+        for model in study.models:
             start = time.perf_counter()
             of_model = replace(study, models=(model,))
             found: list[Finding] = []
             for finding in code.measure(of_model):  # what is found first is kept first
                 found.append(finding)
                 of_model.save(part, found, time.perf_counter() - start)
-    print(f"written to {study.shown(page.write(study))}")
+
+
+def side_by_side(arguments: Arguments, models: Sequence[str], output: Path) -> None:
+    """A process for each model: short runs mostly compile, which one core does (measured: two thirds of the time). Not
+    for runs whose times are quoted.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.reproduction",
+        "--quick",
+        "--output",
+        str(output),
+        "--parts",
+        arguments.parts,
+    ]
+    running = [subprocess.Popen([*command, "--models", model], cwd=ROOT) for model in models]
+    try:
+        failed = [model for model, process in zip(models, running, strict=True) if process.wait()]
+    finally:
+        for process in running:
+            process.terminate()
+    if failed:
+        raise UserError(f"the study of {' and of '.join(failed)} failed")
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments, description=__doc__))
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
