@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +107,13 @@ def test_commands_run_once(quiet: Any, tmp_path: Path) -> None:
     record.write_text(json.dumps(killed))
     assert runs("two") == "xx"  # a killed run of the same one goes on in its folder
     assert [command.split()[-1] for command, _ in quiet.commands()] == ["two"]
+    moved = dataclasses.replace(quiet, output=quiet.output.rename(tmp_path / "moved"), kept_only=True)
+    folder = moved.command("a/b", [study.OUTPUT, "two"], script=str(script))
+    assert (folder / "runs").read_text() == "xx"  # the same command wherever its folder is
+    with pytest.raises(UserError, match="a/b: not there, or of other settings"):
+        moved.command("a/b", [study.OUTPUT, "three"], script=str(script))
+    assert (folder / "runs").read_text() == "xx"  # nothing is touched
+    moved.output.rename(quiet.output)
     with pytest.raises(UserError, match=r"fail: ended with 1: no such task \(all of it: .*b\.log\)"):
         runs("fail")
     assert quiet.commands() == []
@@ -123,6 +131,10 @@ def test_results_are_computed_once(quiet: Any) -> None:
     assert len(calls) == 1
     quiet.kept("x/y", compute, limit=4)
     assert len(calls) == 2
+    looking = dataclasses.replace(quiet, kept_only=True)
+    assert looking.kept("x/y", compute, limit=4) == {"a": [1.0, 2.0]}
+    with pytest.raises(UserError, match="x/y: not there, or of other settings"):
+        looking.kept("x/y", compute, limit=5)
 
 
 def test_the_page_shows_every_claim(quiet: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ class Arguments:
     """Names separated by commas."""
 
     page_only: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Measure nothing: write the page from what is there."""
+    """Measure nothing: write the page from what is there, or say what is missing."""
 
 
 def main(arguments: Arguments) -> None:
@@ -52,6 +52,7 @@ def main(arguments: Arguments) -> None:
         models,
         seeds=(0, 1) if arguments.quick else (0, 1, 2),
         quick=arguments.quick,
+        kept_only=arguments.page_only,
         pages=output if arguments.quick else ROOT / "docs",
     )
     if arguments.page_only:

@@ -97,6 +97,7 @@ class Study:
       quick: fewer queries, tasks and steps; a study to try the scripts, not to quote.
       pages: folder for the page and its pictures.
       say: is told what goes on.
+      kept_only: what is not there is an error, not measured.
     """
 
     output: Path
@@ -105,6 +106,7 @@ class Study:
     quick: bool = False
     pages: Path = ROOT / "docs"
     say: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr, flush=True))
+    kept_only: bool = False
 
     @property
     def limit(self) -> int:
@@ -146,15 +148,18 @@ class Study:
           The folder.
 
         Raises:
-          UserError: if the command fails; it names the file that holds what it printed.
+          UserError: if the command fails (it names the file that holds what it printed), or would have to be run by a
+            study that keeps to what is there.
         """
         folder, record = self.output / name, self.output / f"{name}.json"
         told = [argument.replace(OUTPUT, self.shown(folder)) for argument in arguments]
-        line = shlex.join([*(["python", script] if script else ["sav-jax"]), *told])
-        key = self._key(line)
+        start_of = ["python", script] if script else ["sav-jax"]
+        line = shlex.join([*start_of, *told])
+        key = self._key(shlex.join([*start_of, *arguments]))  # wherever the folder is
         before = _json(record)
         if before.get("key") == key and before.get("seconds") is not None and folder.exists():
             return folder
+        self._may_measure(name)
         if before.get("key") != key and folder.exists():
             shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -191,6 +196,7 @@ class Study:
         before = _json(file)
         if before.get("key") == key:
             return before["value"]
+        self._may_measure(name)
         self.say(f"measuring {name}")
         start = time.perf_counter()
         value = compute()
@@ -223,6 +229,12 @@ class Study:
         found = [Finding(**row) for model in MODELS for row in self.record(part, model).get("findings", [])]
         order = list(dict.fromkeys(finding.claim for finding in found))
         return sorted(found, key=lambda finding: order.index(finding.claim))
+
+    def _may_measure(self, name: str) -> None:
+        if self.kept_only:
+            raise UserError(
+                f"{self.shown(self.output / name)}: not there, or of other settings or weights; measure first"
+            )
 
     def _key(self, text: str) -> str:
         return hashlib.sha256(json.dumps([text, sav_jax.__version__, self._weights]).encode()).hexdigest()

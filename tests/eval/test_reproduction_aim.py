@@ -13,20 +13,20 @@ from scipy.stats import sem, t
 import sav_jax
 from sav_jax.aim import Aim, DemonstrationBank, Layout
 from sav_jax.models.fusion import FusionConfig, initial_params
-from scripts.reproduction import aim, trained
+from scripts.reproduction import aim, aim_measured, trained
 from scripts.reproduction.study import Answers, Study, difference
 
 
 def test_tasks_have_enough_of_every_label_and_share_no_picture() -> None:
-    for number, (meant, kinds) in enumerate(aim.UNSAID["digits"]):
-        data = aim.make_task(meant, kinds, 30, number).load(Path())
+    for number, (meant, kinds) in enumerate(aim_measured.UNSAID["digits"]):
+        data = aim_measured.make_task(meant, kinds, 30, number).load(Path())
         assert data.queries is not None
         counts = Counter(item.label for item in data.pool)
-        assert min(counts.values()) >= aim.SHOTS
+        assert min(counts.values()) >= aim_measured.SHOTS
         assert {item.label for item in data.queries} <= set(counts)
         pixels = [np.asarray(item.example.images[0]).tobytes() for item in (*data.pool, *data.queries)]
         assert len(set(pixels)) == len(pixels)
-        assert {item.example.question for item in data.queries} == {aim.QUESTION}
+        assert {item.example.question for item in data.queries} == {aim_measured.QUESTION}
 
 
 def made(rng: np.random.Generator, chance: float, seeds: int = 3, queries: int = 40) -> Answers:
@@ -55,7 +55,7 @@ def test_intervals_hold_seeds_and_queries() -> None:
     assert trained.of_seeds([100.0, 100.0]).ci == (100.0, 100.0)
 
 
-def cell(rng: np.random.Generator, chances: dict[str, float], tasks: list[str]) -> aim.Cell:
+def cell(rng: np.random.Generator, chances: dict[str, float], tasks: list[str]) -> aim_measured.Cell:
     cost = {"zero-shot": 50.0, "icl": 200.0, "aim": 100.0}
     return {
         method: {
@@ -72,11 +72,11 @@ def cell(rng: np.random.Generator, chances: dict[str, float], tasks: list[str]) 
 
 def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
-    unsaid = {group: [f"{group} {meant}" for meant, _ in rows] for group, rows in aim.UNSAID.items()}
+    unsaid = {group: [f"{group} {meant}" for meant, _ in rows] for group, rows in aim_measured.UNSAID.items()}
     tasks = [name for names in unsaid.values() for name in names]
-    others = [*aim.ASKED, aim.DESCRIBED]
+    others = [*aim_measured.ASKED, aim_measured.DESCRIBED]
     chances = {"icl": 0.1, "aim": 0.9}
-    numbers, times = aim.FULL.numbers, (("icl", 2.0), ("aim", 1.0))
+    numbers, times = aim_measured.FULL.numbers, (("icl", 2.0), ("aim", 1.0))
     costs: dict[str, Any] = {
         "seconds": {method: {str(n): [each * n] * 4 + [each * n * 1.01] for n in numbers} for method, each in times},
         "tokens": {"aim": {str(n): 50.0 + 6 * n for n in numbers}},
@@ -84,7 +84,7 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.Mon
         "passes": [8, 0, 0],
     }
     same = [cell(rng, chances, tasks) for _ in range(3)]  # whatever the number of demonstrations
-    found = aim.Measured(
+    found = aim_measured.Measured(
         unsaid,
         cell(rng, {"zero-shot": 0.5}, tasks),
         dict.fromkeys(numbers, same),
@@ -107,11 +107,11 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.Mon
     assert "icl" in picture.read_text()
 
     # The same with methods exchanged: what was claimed does not hold.
-    def exchanged(of: list[aim.Cell]) -> list[aim.Cell]:
+    def exchanged(of: list[aim_measured.Cell]) -> list[aim_measured.Cell]:
         return [{**c, "icl": c["aim"], "aim": c["icl"]} for c in of]
 
     cells = {n: exchanged(of) for n, of in found.cells.items()}
-    swapped = aim.Measured(unsaid, found.without, cells, exchanged(found.others), costs)
+    swapped = aim_measured.Measured(unsaid, found.without, cells, exchanged(found.others), costs)
     failed = [row.claim for row in aim.rows_of(Study(tmp_path), "tiny", swapped) if row.verdict == "does not hold"]
     assert len(failed) == 11  # all but "more demonstrations", time and the bank
 
@@ -124,9 +124,9 @@ def lmm() -> sav_jax.LMM:
 def test_costs_are_those_of_prompts(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     config = FusionConfig(lmm.config.text.hidden_size)
     start = Aim(Layout(layer=1), config, initial_params(config, 0, "identity", 0.1), lmm.fingerprint, "tiny")
-    task = aim.make_task("color", (aim.DIGITS,), 8, 0)
-    size = aim.Size(numbers=(1, 2), queries=8)
-    found = aim.costs(lmm, start, task, size, tmp_path / "bank")
+    task = aim_measured.make_task("color", (aim_measured.DIGITS,), 8, 0)
+    size = aim_measured.Size(numbers=(1, 2), queries=8)
+    found = aim_measured.costs(lmm, start, task, size, tmp_path / "bank")
     assert found["passes"] == [2, 0, 0]
     lengths = found["tokens"]
     # Real demonstrations bring their pictures along; virtual ones their text and what separates them.
@@ -138,7 +138,7 @@ def test_costs_are_those_of_prompts(lmm: sav_jax.LMM, tmp_path: Path) -> None:
 def test_answers_are_read_and_scored_as_by_the_evaluation(lmm: sav_jax.LMM, monkeypatch: pytest.MonkeyPatch) -> None:
     config = FusionConfig(lmm.config.text.hidden_size)
     start = Aim(Layout(layer=1), config, initial_params(config, 0, "identity", 0.1), lmm.fingerprint, "tiny")
-    task, asked = aim.make_task("color", (aim.DIGITS,), 6, 0), []
+    task, asked = aim_measured.make_task("color", (aim_measured.DIGITS,), 6, 0), []
 
     def generate(_: sav_jax.LMM, examples: list[sav_jax.Example], *__: Any, **___: Any) -> list[sav_jax.Generation]:
         asked.append(examples)
@@ -146,7 +146,7 @@ def test_answers_are_read_and_scored_as_by_the_evaluation(lmm: sav_jax.LMM, monk
 
     monkeypatch.setattr(sav_jax, "generate", generate)
     bank = DemonstrationBank(lmm, start)
-    found = aim.answered(lmm, [task], ("zero-shot", "icl", "aim"), 2, 0, bank, aim.QUICK)
+    found = aim_measured.answered(lmm, [task], ("zero-shot", "icl", "aim"), 2, 0, bank, aim_measured.QUICK)
     queries = task.load(Path()).queries
     assert queries is not None
     for method, of_method in zip(("zero-shot", "icl", "aim"), asked, strict=True):
