@@ -15,7 +15,7 @@ import numpy as np
 from sav_jax import _planning, cli
 from sav_jax import _training_options as training_options
 from sav_jax._compiling import counted, keep_programs
-from sav_jax._files import check_output_file, check_output_folder, write_file
+from sav_jax._files import check_output_file, check_output_folder, to_stdout, write_file
 from sav_jax._options import Devices, Running
 from sav_jax._processes import by_the_first, failing_together, start
 from sav_jax._profiling import profiled
@@ -146,7 +146,7 @@ def _predict(options: cli.Predict) -> None:
         lines.append(line if example.label is None else line | {"label": example.label})
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if options.output == "-":
-        sys.stdout.write(text)
+        to_stdout(text)
     else:
         by_the_first(lambda: write_file(options.output, text.encode()))
     report = _accuracy(classifier, examples, predictions)
@@ -306,7 +306,7 @@ def _ask(options: training_options.Ask) -> None:
     if options.output is not None:
         write_file(options.output, text.encode())
     elif options.json:
-        sys.stdout.write(text)
+        to_stdout(text)
     else:
         print(
             "\n".join(f"{image}\n" + _numbered(one.questions) for image, one in zip(options.image, asked, strict=True))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 
 from sav_jax._storage import AnyPath, BucketPath, Location, check_bucket, location
@@ -113,3 +114,21 @@ def _reported(path: Location) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def to_stdout(text: str) -> None:
+    """Write, and let nothing wait in a buffer.
+
+    Raises:
+      UserError: the disk behind it is full.
+      BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is still in the buffer must not be tried again when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise UserError(f"standard output: {error.strerror}") from error

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from sav_jax._files import to_stdout
 from sav_jax._options import Devices, Place, Running, optional
 from sav_jax._training_options import Ask, Plan, Train
 from sav_jax.errors import UserError
@@ -341,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sav_jax import _commands
 
         _commands.run(options)
-        sys.stdout.flush()
+        to_stdout("")
     except UserError as error:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2

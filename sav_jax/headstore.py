@@ -311,7 +311,7 @@ def _write_parts(path: Location, heads: np.ndarray, rows: str, meta: str) -> Non
     import tensorstore as ts
 
     bytes_per_example = max(1, heads[:1].nbytes)
-    chunk = (max(1, _CHUNK_BYTES // bytes_per_example), *heads.shape[1:])
+    chunk = (max(1, min(len(heads), _CHUNK_BYTES // bytes_per_example)), *heads.shape[1:])
     spec = {
         "driver": "zarr3",
         "kvstore": kvstore_spec(path, "heads/"),

@@ -36,7 +36,8 @@ def json_rows(path: Location) -> Iterator[tuple[str, Any]]:
     for line, content in enumerate(text.split("\n"), start=1):
         if content.strip():
             try:
-                yield f"{path}:{line}", json.loads(content)
+                value = json.loads(content)
+                yield f"{path}:{line}", _half_character(f"{path}:{line}", content, value) or value
             except (json.JSONDecodeError, RecursionError) as error:
                 yield (
                     f"{path}:{line}",
@@ -52,8 +53,9 @@ def _json_list(path: Location, text: str) -> Iterator[tuple[str, Any]]:
     line, counted = text.count("\n", 0, position) + 1, position
     if text[position : position + 1] != "]":
         while True:
+            start = position
             try:
-                value, end = decoder.raw_decode(text, position)
+                value, end = decoder.raw_decode(text, start)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{error.lineno}: {_json_problem(error)}") from None
             except RecursionError as error:
@@ -63,7 +65,8 @@ def _json_list(path: Location, text: str) -> Iterator[tuple[str, Any]]:
             ahead = _skip_space(text, position + 1) if mark == "," else position
             below = line + text.count("\n", counted, ahead)
             alone = before < line and (mark != "," or line < below)
-            yield f"{path}:{line}" if alone else f"{path}:{line}, row {number}{_id_of(value)}", value
+            source = f"{path}:{line}" if alone else f"{path}:{line}, row {number}{_id_of(value)}"
+            yield source, _half_character(source, text[start:end], value) or value
             if mark != ",":
                 break
             before, line, counted, position, number = line, below, ahead, ahead, number + 1
@@ -74,6 +77,18 @@ def _json_list(path: Location, text: str) -> Iterator[tuple[str, Any]]:
     if rest != len(text):
         line = text.count("\n", 0, rest) + 1
         raise UserError(f"{path}:{line}: malformed JSON: something follows the end of the list")
+
+
+def _half_character(source: str, content: str, value: Any) -> UserError | None:
+    """The error of a row with half of a surrogate pair, which JSON can say ("\\ud800") and no UTF-8 text can hold."""
+    if "\\u" not in content:
+        return None
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        return UserError(f"{source}: {half} is half of a character; its other half is missing")
+    return None
 
 
 def _id_of(value: Any) -> str:

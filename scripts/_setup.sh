@@ -6,6 +6,7 @@
 # Afterwards $root is the checkout, $venv_python the interpreter to use, and the working directory is unchanged. Installing is
 # skipped while nothing that decides what gets installed has changed. PYTHON=/path/to/python chooses the interpreter.
 
+unset CDPATH # with it, cd prints
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv_python=$root/.venv/bin/python
 

@@ -12,7 +12,8 @@
 # With --dry-run in front the commands are printed and nothing is done. "run" adds --distributed: every worker runs the
 # same command in ~/sav_jax, over files that all of them see (a bucket, or a folder copied there by "put LOCAL REMOTE").
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+unset CDPATH # with it, cd prints
+root="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)"
 
 usage() {
     sed -n '2,/^set -/p' "${BASH_SOURCE[0]}" | sed '$d; s/^# \{0,1\}//' >&2
@@ -24,7 +25,13 @@ if [[ "${1:-}" == --dry-run ]]; then
     dry=1
     shift
 fi
-[[ $# -ge 1 ]] || usage
+[[ $# -ge 1 && "$1" != --help && "$1" != -h ]] || usage
+for word in "$@"; do
+    if [[ "$word" == --dry-run ]]; then
+        echo "error: --dry-run goes in front: tpu_pod.sh --dry-run $1 ..." >&2
+        exit 2
+    fi
+done
 for name in TPU_NAME TPU_ZONE; do
     if [[ -z "${!name:-}" ]]; then
         echo "error: $name is not set" >&2

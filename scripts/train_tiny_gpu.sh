@@ -5,6 +5,7 @@
 # every SAVE seconds (default: 60), so that a machine that is taken away leaves weights that can be exported:
 #   python scripts/train_tiny.py --preset NAME --run-dir DIR/NAME --output sav_jax/models/NAME --export-only
 set -uo pipefail
+unset CDPATH
 cd "$(dirname "$0")/.."
 kept=${1:?the folder for weights and logs}
 shift

@@ -134,6 +134,8 @@ def test_image_marks_match_the_images(tmp_path: Path) -> None:
         ("null", ":2: a JSON object is expected, not null"),
         ("{" * 3000 + "}" * 3000, ":2: malformed JSON: "),
         ("[" * 100_000, ":2: malformed JSON: nested too deeply"),
+        (r'{"question": "What?", "label": "\ud83d"}', r":2: \ud83d is half of a character"),
+        (r'{"question": "What?", "id": "\udcff"}', r":2: \udcff is half of a character"),
         ({"label": "a"}, ':2: field "question" is missing (--question'),
         ({"question": None}, ':2: field "question" is missing'),
         ({"question": " "}, ':2: field "question" is empty'),
@@ -207,6 +209,7 @@ def test_no_rows(tmp_path: Path, content: str) -> None:
         ('[{"question": "a"},\n {"question": }]', ":2: malformed JSON: Expecting value"),
         ('[{"question": "a"},\n {"question": "b"}\n', ':3: malformed JSON: "," or "]" is missing'),
         ('[{"question": "a"}\n {"question": "b"}]', ':2: malformed JSON: "," or "]" is missing'),
+        ('[{"question": "a"},\n {"question": "\\ud83d?"}]', r":2: \ud83d is half of a character"),
         ('[{"question": "a"}]\n\n{}', ":3: malformed JSON: something follows"),
         (
             '[{"question": "a"},\n{"question": 2},\n\n7]',

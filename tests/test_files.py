@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
 from sav_jax import UserError
-from sav_jax._files import check_output_file, check_output_folder, write_file, write_folder
+from sav_jax._files import check_output_file, check_output_folder, to_stdout, write_file, write_folder
 
 
 def fail(*_: object) -> NoReturn:
@@ -54,3 +55,12 @@ def test_checks_come_before_the_work(tmp_path: Path) -> None:
     for check in (check_output_file, check_output_folder):
         with pytest.raises(UserError, match=r"cannot be written: .*file is a file"):
             check(tmp_path / "file/below")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_stdout_on_a_full_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(UserError, match="standard output: No space left on device"):
+            to_stdout("some words\n")
+        to_stdout("")  # what could not be written is not tried again

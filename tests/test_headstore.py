@@ -309,6 +309,10 @@ def test_a_head_array_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -
     write_head_array(tmp_path / "a", heads, rows_of(2))
     write_head_array(tmp_path / "a", heads[:1], rows_of(1))
     np.testing.assert_array_equal(read_head_array(tmp_path / "a")[0], heads[:1])
+    # A small array takes no more room than its numbers and their checksum.
+    assert [len(data) for name, data in objects(tmp_path / "a").items() if name.startswith("heads/c/")] == [
+        heads[:1].nbytes + 4
+    ]
 
     (tmp_path / "empty").mkdir()
     write_head_array(tmp_path / "empty", heads, rows_of(2))

@@ -54,7 +54,22 @@ def test_what_it_would_do(environment: dict[str, str], words: list[str], first: 
     assert dry.stdout.startswith(first)
 
 
-@pytest.mark.parametrize("words", [[], ["run"], ["create", "v5litepod-16"], ["explode"]])
+def test_a_dry_run_that_is_asked_for_too_late_is_refused(environment: dict[str, str], tmp_path: Path) -> None:
+    said = run(environment, "delete", "--dry-run")
+    assert said.returncode == 2
+    assert said.stderr == "error: --dry-run goes in front: tpu_pod.sh --dry-run delete ...\n"
+    assert not (tmp_path / "asked").exists()
+
+
+def test_wherever_it_is_called_from_it_packs_its_own_checkout(environment: dict[str, str], tmp_path: Path) -> None:
+    link = tmp_path / "link.sh"
+    link.symlink_to(SCRIPT)
+    words = ["bash", str(link), "--dry-run", "install"]
+    said = subprocess.run(words, env=environment | {"CDPATH": "/"}, capture_output=True, text=True, cwd="/")
+    assert said.stdout.startswith(f"git -C {SCRIPT.parents[1]} archive ")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["run"], ["create", "v5litepod-16"], ["explode"]])
 def test_bad_words_show_how(environment: dict[str, str], words: list[str]) -> None:
     said = run(environment, *words)
     assert said.returncode == 2
