@@ -87,7 +87,7 @@ def write(study: Study) -> Path:
 
 def _introduction(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
     everything = [finding for of in found.values() for finding in of]
-    seeds = sorted({finding.seeds for finding in everything}) or [0]
+    seeds = sorted({finding.seeds for finding in everything if finding.seeds}) or [0]
     told = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     text = INTRODUCTION.format(size="five million parameters", seeds=told, number=len(everything))
     if study.quick:

@@ -70,6 +70,15 @@ CLAIMS = (
 )
 
 
+REASONS = {
+    CLAIMS[0][1]: "Trainings gain unlike amounts (see by seed): with three of them the interval is wide.",
+    CLAIMS[1][1]: "The tower of these models was trained on this very world and sees what is asked; the paper's is "
+    "CLIP's.",
+    CLAIMS[2][1]: "A fresh extractor changes what the language model has learned to read; the paper's has a stage of "
+    "training of its own before.",
+}
+
+
 @dataclass(frozen=True)
 class Size:
     """How much is done.
