@@ -119,6 +119,25 @@ def test_commands_run_once(quiet: Any, tmp_path: Path) -> None:
     assert quiet.commands() == []
 
 
+def test_the_docs_keep_their_page_while_parts_are_missing(quiet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a fresh clone, where one part is measured."""
+    monkeypatch.setattr(page, "ROOT", quiet.output.parent)
+    monkeypatch.setattr(page, "module", lambda _: None)
+    docs = dataclasses.replace(quiet, pages=quiet.output.parent / "docs")
+    docs.pages.mkdir()
+    (docs.pages / page.PAGE).write_text("all parts")
+    (quiet.output.parent / "README.md").write_text(f"{page.START}\n{page.END}\n")
+    docs.save("savs", [make_finding()], 1)
+    assert page.write(docs) == quiet.output / page.PAGE
+    assert (docs.pages / page.PAGE).read_text() == "all parts"
+    assert "Few beat all" in (quiet.output / page.PAGE).read_text()
+    assert "Few" not in (quiet.output.parent / "README.md").read_text()
+    for part in page.PARTS:
+        docs.save(part, [make_finding()], 1)
+    assert page.write(docs) == docs.pages / page.PAGE
+    assert "Few beat all" in (quiet.output.parent / "README.md").read_text()
+
+
 def test_results_are_computed_once(quiet: Any) -> None:
     calls: list[int] = []
 

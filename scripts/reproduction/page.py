@@ -46,12 +46,14 @@ from what they measure; none of its figures is typed. What holds here holds for 
 small world. It says that the method does what its authors say where everything can be checked, not that their
 numbers are right; the same commands test a claim on real checkpoints and data (`--model`, [tasks.md](tasks.md)).
 
-How to read a row: the difference, in percentage points, is what the claim is about, and is positive if it is as
-claimed; where a claim has a margin ("no more than one point below"), it is added. In brackets the 95 % interval:
-queries, or groups of queries that belong together, are resampled jointly for both sides and all seeds, every task
-counting alike. A claim *holds* if the whole interval is above 0, *does not hold* if it is below 0, and is *undecided*
-otherwise. The interval says how sure a difference is for other queries; other draws of labelled examples are in it
-only as far as the seeds differ. There are {seeds} seeds, and {number} rows without a correction for their number: an
+How to read a row: figures are in % unless they name a unit (CIDEr-D is times 100); the difference, in points, is what
+the claim is about, and is positive if it is as claimed; where a claim has a margin ("no more than one point below"),
+it is added. In brackets the 95 % interval: queries, or groups of queries that belong together, are resampled jointly
+for both sides and all seeds, every task counting alike. A claim *holds* if the whole interval is above 0, *does not
+hold* if it is below 0, and is *undecided* otherwise. The interval says how sure a difference is for other queries;
+other draws of labelled examples are in it only as far as the seeds differ. Of AIM and SQ-LLaVA every seed is a
+training of its own: there the interval is widened to Student's over the seeds, which with three of them can reach
+beyond what a difference can be. There are {seeds} seeds, and {number} rows without a correction for their number: an
 interval that ends a hair's breadth above 0 is no law.
 """
 
@@ -70,9 +72,13 @@ def module(part: str) -> ModuleType | None:
 def write(study: Study) -> Path:
     """Write the page, its pictures and, beside the docs, the README's summary; return the page's path.
 
-    A part that was not measured is said to be missing.
+    A part that was not measured is said to be missing. Such a page goes to ``study.output``: the docs keep theirs.
     """
     found = {part: study.findings(part) for part in PARTS}
+    measured = all(study.record(part, model) for part in PARTS for model in MODELS)
+    if study.pages == ROOT / "docs" and not measured:
+        study = replace(study, pages=study.output)
+        study.say("not all parts of both models are there: docs/ and README.md stay as they are")
     sections = [_introduction(study, found), _summary(found)]
     for part in PARTS:
         sections.append(_section(study, part, found[part]))
@@ -136,7 +142,7 @@ def _section(study: Study, part: str, of: Sequence[Finding]) -> str:
         return "\n".join([*lines, "Not measured yet: `bash scripts/reproduce.sh --parts " + part + "`."])
     code = module(part)
     measured = replace(study, models=tuple(model for model in MODELS if study.record(part, model)))
-    head = ["claim", "model", "setting", "figures, %", "difference", "seeds", "verdict"]
+    head = ["claim", "model", "setting", "figures", "difference", "seeds", "verdict"]
     lines += [_row(head), _rule(len(head))]
     last = ""
     for finding in of:
@@ -198,13 +204,14 @@ def _colophon(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
     for (machine, versions), parts in groups.items():
         lines.append(
             f"On {machine} ({versions}), beside other work. Wall-clock time of the last run of each part, without what "
-            f"earlier ones had finished: {', '.join(parts)}."
+            f"earlier ones had finished: {', '.join(parts)}. All that is kept took {study.hours():.1f} hours, one after "
+            "the other."
         )
         lines.append("")
     commands = study.commands()
     if commands:
         lines += [
-            "Commands that it ran, besides what it computes from their heads in `scripts/reproduction/`:",
+            "Commands that it ran, besides what it computes and trains in `scripts/reproduction/`:",
             "",
             "```sh",
         ]

@@ -177,7 +177,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         {task: sav[task] for task in new},
         methods_of(folder, "zero-shot-likelihood", new),
         names=("sav", "zero-shot-likelihood"),
-        note="Nothing in training was called dangerous, and no digit was written by a hand (world.md).",
+        note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). Most of the gain "
+        "is that of drawn-safety: see the accuracies by task.",
     )
     folder = in_context(study, model)
     few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
@@ -212,7 +213,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
     add(
         "Twenty heads beat the best one alone.",
         "accuracy over heads",
-        setting,
+        many,
         twenty,
         one,
         names=("20 heads", "1 head"),
@@ -274,6 +275,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         methods_of(folder, "sav", some),
         methods_of(folder, "lora", some),
         names=("sav", "lora"),
+        note="LoRA's rate and steps are fixed here, not chosen on the examples as `sav-jax eval` does by default.",
     )
     yield from found
 

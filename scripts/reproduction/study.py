@@ -209,6 +209,11 @@ class Study:
         records = [_json(file) for file in sorted(self.output.rglob("*.json")) if "cache" not in file.parts]
         return [(of["command"], of["seconds"]) for of in records if of.get("command") and of.get("seconds") is not None]
 
+    def hours(self) -> float:
+        """Wall-clock time of all commands and measurements that are kept, hours."""
+        records = [_json(file) for file in self.output.rglob("*.json") if "cache" not in file.parts]
+        return sum(float(of.get("seconds") or 0) for of in records if of.get("key")) / 3600
+
     def save(self, part: str, findings: Sequence[Finding], seconds: float) -> None:
         """Keep the findings of a part, a file for each model, so that models can be measured by processes of their
         own.
