@@ -203,9 +203,9 @@ def _colophon(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
                 groups.setdefault((record["machine"], record["versions"]), []).append(told)
     for (machine, versions), parts in groups.items():
         lines.append(
-            f"On {machine} ({versions}), beside other work. Wall-clock time of the last run of each part, without what "
-            f"earlier ones had finished: {', '.join(parts)}. All that is kept took {study.hours():.1f} hours, one after "
-            "the other."
+            f"On {machine} ({versions}), beside other work. Wall-clock time of the last run of each part, without "
+            f"what earlier ones had finished: {', '.join(parts)}. All that is kept took {study.hours():.1f} hours, "
+            "one after the other."
         )
         lines.append("")
     commands = study.commands()

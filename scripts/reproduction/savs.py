@@ -177,8 +177,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         {task: sav[task] for task in new},
         methods_of(folder, "zero-shot-likelihood", new),
         names=("sav", "zero-shot-likelihood"),
-        note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). Most of the gain "
-        "is that of drawn-safety: see the accuracies by task.",
+        note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). Most of the "
+        "gain is that of drawn-safety: see the accuracies by task.",
     )
     folder = in_context(study, model)
     few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
