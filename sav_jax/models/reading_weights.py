@@ -147,6 +147,8 @@ def _pieces(part: Part) -> Iterator[_Piece]:
     edges = sorted({edge for at, _ in part.takes for edge in (at[slowest].start, at[slowest].stop)})
     for first, last in itertools.pairwise(edges):
         takes = [(at, to) for at, to in part.takes if at[slowest].start <= first and last <= at[slowest].stop]
+        if not takes:  # nobody wants what lies between two takes
+            continue
         for start in range(first, last, rows):
             stop = min(start + rows, last)
             here = []
@@ -155,8 +157,7 @@ def _pieces(part: Part) -> Iterator[_Piece]:
                 from_, to = list(at), [slice(None)] * view.ndim
                 from_[slowest], to[slowest] = slice(start, stop), ours
                 here.append((view[tuple(from_)], target[tuple(to)]))
-            if here:
-                yield _Piece(part.tensor, part.mapped, tuple(here))
+            yield _Piece(part.tensor, part.mapped, tuple(here))
 
 
 def _extent(views: Sequence[np.ndarray]) -> tuple[int, int]:

@@ -153,9 +153,9 @@ class Study:
         """
         folder, record = self.output / name, self.output / f"{name}.json"
         told = [argument.replace(OUTPUT, self.shown(folder)) for argument in arguments]
-        start_of = ["python", script] if script else ["sav-jax"]
-        line = shlex.join([*start_of, *told])
-        key = self._key(shlex.join([*start_of, *arguments]))  # wherever the folder is
+        first_words = ["python", script] if script else ["sav-jax"]
+        line = shlex.join([*first_words, *told])
+        key = self._key(shlex.join([*first_words, *arguments]))  # wherever the folder is
         before = _json(record)
         if before.get("key") == key and before.get("seconds") is not None and folder.exists():
             return folder
@@ -206,13 +206,15 @@ class Study:
 
     def commands(self) -> list[tuple[str, float]]:
         """Commands that were run, with their seconds."""
-        records = [_json(file) for file in sorted(self.output.rglob("*.json")) if "cache" not in file.parts]
+        records = self._records()
         return [(of["command"], of["seconds"]) for of in records if of.get("command") and of.get("seconds") is not None]
 
     def hours(self) -> float:
         """Wall-clock time of all commands and measurements that are kept, hours."""
-        records = [_json(file) for file in self.output.rglob("*.json") if "cache" not in file.parts]
-        return sum(float(of.get("seconds") or 0) for of in records if of.get("key")) / 3600
+        return sum(float(of.get("seconds") or 0) for of in self._records() if of.get("key")) / 3600
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [_json(file) for file in sorted(self.output.rglob("*.json")) if "cache" not in file.parts]
 
     def save(self, part: str, findings: Sequence[Finding], seconds: float) -> None:
         """Keep the findings of a part, a file for each model, so that models can be measured by processes of their
