@@ -198,7 +198,9 @@ def _sides(entry: Entry) -> list[str]:
 def _patterns(entry: Entry) -> tuple[str, str]:
     """Einops patterns from lora_A ``[r, in]`` and lora_B ``[out, r]`` to a and b of one layer."""
     outputs, inputs = _sides(entry)
-    return f"rank {inputs} -> {inputs.strip('()')} rank", f"{outputs} rank -> rank {outputs.strip('()')}"
+    kernel = entry.pattern.split("->")[1].replace("(", " ").replace(")", " ").split()
+    ours = " ".join(axis for axis in kernel if axis in outputs.strip("()").split())
+    return f"rank {inputs} -> {inputs.strip('()')} rank", f"{outputs} rank -> rank {ours}"
 
 
 def _backwards(pattern: str) -> str:

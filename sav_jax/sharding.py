@@ -25,16 +25,16 @@ _BATCH = ("data", "fsdp")
 
 # Parameter path (re.search) -> mesh axis of each trailing dimension; leading dimensions (stacked layers) stay whole.
 PARAMETER_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(q_proj|k_proj|v_proj)/kernel$", ("fsdp", "model", None)),
+    (r"(q_proj|k_proj|v_proj)/kernel$", ("model", None, "fsdp")),
     (r"(q_proj|k_proj|v_proj)/bias$", ("model", None)),
-    (r"qkv/kernel$", ("fsdp", None, "model", None)),
+    (r"qkv/kernel$", (None, "model", None, "fsdp")),
     (r"qkv/bias$", (None, "model", None)),
-    (r"(o_proj|out_proj)/kernel$", ("model", None, "fsdp")),
-    (r"(gate_proj|up_proj|fc1)/kernel$", ("fsdp", "model")),
+    (r"(o_proj|out_proj)/kernel$", ("fsdp", "model", None)),
+    (r"(gate_proj|up_proj|fc1)/kernel$", ("model", "fsdp")),
     (r"(gate_proj|up_proj|fc1)/bias$", ("model",)),
-    (r"(down_proj|fc2)/kernel$", ("model", "fsdp")),
+    (r"(down_proj|fc2)/kernel$", ("fsdp", "model")),
     (r"embed_tokens$", ("model", "fsdp")),
-    (r"lm_head/kernel$", ("fsdp", "model")),
+    (r"lm_head/kernel$", ("model", "fsdp")),
     (r"", ()),
 )
 

@@ -40,12 +40,27 @@ SIZES: dict[str, dict[str, str]] = {
         "--steps": "1",
         "--methods": "zero-shot-likelihood lora",
     },
+    "python scripts/bench_pytorch.py": {"--quick": ""},
+    "python tests/families.py": {"": "llava"},
+    "python tests/families_video.py": {"": "qwen2_vl"},
+    "bash scripts/reproduce.sh": {
+        "--quick": "",
+        "--parts": "aim",
+        "--models": "tiny",
+        "--output": "{here}/results/reproduced",
+    },
 }
-"""Options that replace those printed, or are added, of commands that begin so; the first that fits."""
+"""Options that replace those printed, or are added, of commands that begin so; the first that fits. What stands behind
+no option is added as it is; ``{here}`` is the folder in which commands run.
+"""
+
+ALONE = r"^(sav-jax plan|bash|python tests/|python scripts/bench_pytorch\.py)"
+"""Commands that need a process of their own: libtpu, which "plan" loads, ends one that has flags it does not know;
+others have several devices, or PyTorch's threads.
+"""
 
 NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"^bash scripts/(quickstart|test)\.sh", "they make an environment; what the quickstart then runs is run"),
-    (r"^bash scripts/reproduce\.sh", "hours, or a quarter of one; tests/test_reproduction.py has all its claims"),
     (r"^(source|git clone|cd|python3 -m venv) ?", "they make an environment, or go there"),
     (r"\bpip install\b", "they install from a package index; that the extras exist is looked at"),
     (r"^srun |^gcloud |--distributed", "they need several hosts; tests/test_processes.py runs two processes"),
@@ -53,12 +68,17 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"^sav-jax plan .*--largest", "compiles several programs, in minutes; tests/test_plan.py does it"),
     (r"^sav-jax plan .*--task train-lora", "compiling a step of training takes minutes; tests/test_plan.py does it"),
     (r"^python -c .*download_and_prepare", "fetches a data set"),
-    (r"^python tests/families", "takes minutes; tests/models asserts the same over the same cases"),
     (r"scripts/bench_gpu\.py", "needs a GPU; tests/test_bench_gpu.py runs it at small sizes"),
-    (r"scripts/bench_pytorch\.py", "takes minutes, and is told nothing by small sizes"),
     (r"scripts/train_tiny_gpu\.sh|train_tiny\.py --preset tiny", "takes hours; the debug presets are run"),
 )
 """Commands that are not run (a pattern, and why): their options must be ones that the command has."""
+
+HANDED = {
+    "scripts/quickstart.sh": "sav-jax eval",
+    "scripts/reproduce.sh": "python scripts/reproduction/__main__.py",
+    "scripts/train_tiny_gpu.sh": "python scripts/train_tiny.py",
+}
+"""What gets the words that a shell script is given."""
 
 OTHERS = ("cmp",)
 """Other programs that are run as they are."""

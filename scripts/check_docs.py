@@ -63,6 +63,7 @@ class Report:
     listed: int = 0
     wrong: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    alone: set[tuple[str, ...]] = field(default_factory=set)
 
     def add(self, where: str, what: str) -> None:
         self.wrong.append(f"{where}: {what}")
@@ -141,10 +142,15 @@ def call(words: Sequence[str]) -> tuple[int, str]:
 
 
 def call_alone(words: Sequence[str]) -> tuple[int, str]:
-    """The same in a process of its own: libtpu, which "plan" loads, ends one that has flags it does not know."""
+    """The same in a process of its own, in which XLA optimises."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    if words[0] == "sav-jax":
+        words = [sys.executable, "-m", *words]
+        words[2] = "sav_jax"
+    elif words[0] in ("bash", "python"):
+        words = [sys.executable if words[0] == "python" else "bash", str(ROOT / words[1]), *words[2:]]
     done = subprocess.run(
-        [sys.executable, "-m", "sav_jax", *words[1:]] if words[0] == "sav-jax" else words,
+        words,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -157,7 +163,7 @@ def options_of(words: Sequence[str]) -> set[str]:
     """The options that a command of this project has.
 
     Args:
-      words: ``sav-jax`` and a command, or ``python`` and a script, whose parser is read and not run.
+      words: ``sav-jax`` and a command, or ``python`` or ``bash`` and a script, which is read and not run.
 
     Returns:
       Nothing if there is no such command.
@@ -167,6 +173,8 @@ def options_of(words: Sequence[str]) -> set[str]:
         if words[0] == "sav-jax":
             status, said = call([*words, "--help"])
             _OPTIONS[key] = set(re.findall(r"--[a-z][\w-]*", said)) if status == 0 else set()
+        elif words[0] == "bash":
+            _OPTIONS[key] = _of_shell(words[1])
         else:
             _OPTIONS[key] = {"--help", *_declared((ROOT / words[1]).read_text(encoding="utf-8"))}
     return _OPTIONS[key]
@@ -185,6 +193,13 @@ def _declared(source: str) -> Iterator[str]:
             for of in node.body:
                 if isinstance(of, ast.AnnAssign) and isinstance(of.target, ast.Name):
                     yield f"--{of.target.id.replace('_', '-')}"
+
+
+def _of_shell(script: str) -> set[str]:
+    """Options of a shell script: those that stand in it, and those of the command that gets its words."""
+    found = {"--help", *re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / script).read_text(encoding="utf-8"))}
+    handed = tables.HANDED.get(script, "")
+    return found | (options_of(handed.split()) if handed else set())
 
 
 def plain(words: Sequence[str]) -> list[str]:
@@ -206,7 +221,7 @@ def plain(words: Sequence[str]) -> list[str]:
 
 def named(words: Sequence[str]) -> list[str]:
     """Program and command of a command line of this project: ``sav-jax train lora``, ``python scripts/x.py``."""
-    if words[0] == "python":
+    if words[0] in ("python", "bash"):
         return list(words[:2])
     parts = 3 if words[1:2] == ["train"] else 2
     return [word for word in words[:parts] if re.fullmatch(r"[a-z][a-z-]*", word)]
@@ -231,6 +246,8 @@ def misfit(words: Sequence[str]) -> str:
         return f"there is no {script}"
     if script.endswith(".py"):
         words = ["python", script, *words[words.index(script) + 1 :]]
+    elif script.endswith(".sh"):
+        words = ["bash", script, *words[words.index(script) + 1 :]]
     elif words[0] != "sav-jax":
         return ""
     options = {word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)}
@@ -274,13 +291,13 @@ def small(words: Sequence[str]) -> list[str]:
     for name, options in tables.SIZES.items():
         if " ".join(words).startswith(name):
             for option, value in options.items():
-                if option in words:
+                if option and option in words:
                     at = words.index(option)
                     end = next((i for i in range(at + 1, len(words)) if words[i].startswith("--")), len(words))
                     words[at + 1 : end] = []
                     words[at + 1 : at + 1] = value.split()
                 else:
-                    words += [option, *value.split()]
+                    words += [*filter(None, [option]), *value.format(here=Path.cwd()).split()]
             break
     return words
 
@@ -296,7 +313,7 @@ def check_command(command: Command, report: Report) -> None:
                 report.add(where, f"{command.text}: {found}")
             return
     words = plain(command.words)
-    ours = words[0] == "sav-jax" or (words[0] == "python" and words[1].endswith(".py"))
+    ours = words[0] == "sav-jax" or (words[0] in ("python", "bash") and words[1].endswith((".py", ".sh")))
     if not ours and words[0] not in tables.OTHERS:
         report.add(where, f"{command.text}: neither run nor listed in scripts/_docs_commands.py")
         return
@@ -304,9 +321,15 @@ def check_command(command: Command, report: Report) -> None:
         report.add(where, f"{command.text}: {found}")
         return
     words = small(words)
+    alone = not ours or re.search(tables.ALONE, shlex.join(words)) is not None
+    if alone and tuple(words) in report.alone:  # nothing has changed since
+        report.ran += 1
+        return
     start = time.perf_counter()
-    status, said = (call_alone if words[1] == "plan" or not ours else call)(words)
+    status, said = (call_alone if alone else call)(words)
     report.ran += 1
+    if alone and status == 0:
+        report.alone.add(tuple(words))
     print(f"{time.perf_counter() - start:6.1f} s  {where}  {shlex.join(words)}", flush=True)
     if status:
         report.add(where, f"{shlex.join(words)}: exit status {status}\n{said[-3000:]}")

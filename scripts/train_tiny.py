@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     add("--log-every", type=int, help="steps between rows of losses and rates (default: the recipe's)")
     add("--workers", type=int, default=1, help="processes that draw (default: 1)")
     add("--max-seconds", type=float, help="stop after so many, with the state saved; the schedule stays the same")
+    add("--stop-step", type=int, help="stop when so many steps are done, with the state saved; the same schedule")
     add("--save-seconds", type=float, default=60.0, help="between states written (default: 60)")
     add(
         "--export-only", action="store_true", help="train no more: export the state (or model.safetensors) in --run-dir"
@@ -66,6 +67,7 @@ def main(given: argparse.Namespace) -> int:
             workers=given.workers,
             max_seconds=given.max_seconds,
             save_seconds=given.save_seconds,
+            stop_step=given.stop_step,
             snapshot=None if output is None else lambda params: trainer.write_weights(params, output),
         )
         params, step = state.params, state.step
@@ -74,9 +76,16 @@ def main(given: argparse.Namespace) -> int:
         if given.no_evaluation:
             trainer.write_weights(params, given.output)
         else:
-            trainer.export(params, given.output, given.account)
+            trainer.export(params, given.output, given.account, options_of(given, step, recipe.steps))
         say(f"{recipe.family}: {f'step {step}' if step >= 0 else 'weights'} written to {given.output}")
     return 0
+
+
+def options_of(given: argparse.Namespace, step: int, steps: int) -> list[str]:
+    """What decides about the weights besides the preset, as far as it differs from its default."""
+    options = [f"--steps-scale {given.steps_scale:g}"] if given.steps_scale != 1.0 else []
+    options += [f"--dtype {given.dtype}"] if given.dtype else []
+    return options + ([f"--stop-step {step}"] if 0 <= step < steps else [])
 
 
 def say(text: str) -> None:

@@ -77,6 +77,7 @@ def test_differences_are_means_over_tasks_in_points() -> None:
     better, worse = ({task: sides[i] for task, sides in longer.items()} for i in (0, 1))
     assert study.difference({"a": right}, {"a": wrong}).mean == pytest.approx(25)
     found = study.difference(better, worse, margin=1)
+    assert found.queries == 500
     assert found.mean == pytest.approx(12.5 + 1)  # every task counts alike, however many queries it has
     assert 1 < found.low < 13.5 < found.high
     with pytest.raises(ValueError, match="not the same"):
@@ -161,7 +162,7 @@ def test_the_page_shows_every_claim(quiet: Any, monkeypatch: pytest.MonkeyPatch)
     quiet.save(
         "savs",
         [
-            make_finding(),
+            make_finding(queries=400),
             make_finding(model="tiny-qwen", note="Two seeds differ."),
             make_finding(failed, low=-4.0, difference=-3.0, high=-2.0),
             make_finding(failed, model="tiny-qwen", low=-1.0, difference=0.5, high=2.0),
@@ -178,6 +179,7 @@ def test_the_page_shows_every_claim(quiet: Any, monkeypatch: pytest.MonkeyPatch)
     assert "- `tiny-qwen`. Few beat all: Two seeds differ." in text
     assert f"Not shown on `tiny` and `tiny-qwen`: {failed[:-1]}. Most heads say nothing." in text
     assert "| digits | 96.5 |" in text
+    assert "| +10.0 [5.0, 15.0] | 3 | 400 | holds |" in text
     assert "Not measured yet: `bash scripts/reproduce.sh --parts aim`." in text
 
 
@@ -241,6 +243,24 @@ def test_calibration_errors_are_those_of_the_results() -> None:
     whole = MetricAnswers(items, labels, tuple(labels[a] for a in answer), probabilities=given)
     wanted = [metric.compute(whole.take(np.repeat(np.arange(50), row))) for row in draws]
     np.testing.assert_allclose(found, np.array(wanted, float), rtol=1e-12)  # sums of 50 numbers
+
+
+def test_a_calibration_interval_is_about_its_estimate() -> None:
+    """Resamples of a well calibrated side have larger errors than it has; the interval leaves that out."""
+    rng = np.random.default_rng(2)
+    sure = rng.uniform(0.5, 1, 400)
+    sides = {"good": sure, "bad": np.sqrt(sure)}
+    right = (rng.uniform(size=400) < sure).astype(float)
+    of_task = {
+        "confidence": {kind: [(right.tolist(), given.tolist())] for kind, given in sides.items()},
+        "sheet": {"clusters": [[str(i) for i in range(400)]]},
+    }
+    found = beyond.calibration_difference({"task": of_task}, ["task"], "good", "bad")
+    assert found.low < found.mean < found.high
+    assert found.queries == 400
+    assert found.low > 0, "10 points worse on average"
+    other = beyond.calibration_difference({"task": of_task}, ["task"], "bad", "good")
+    np.testing.assert_allclose([other.mean, other.low, other.high], [-found.mean, -found.high, -found.low], rtol=1e-9)
 
 
 def test_agreement_of_chosen_heads() -> None:
@@ -321,6 +341,7 @@ def test_all_claims_get_a_row_and_a_place_on_the_page(made_study: Any) -> None:
         for finding in found:
             assert finding.low <= finding.difference <= finding.high, finding.claim
             assert finding.seeds >= 2
+            assert finding.queries or "of the same heads" in finding.claim, finding.claim
         made_study.save(name, found, 1.0)
     assert verdicts["The chosen twenty heads beat twenty random ones."] == "holds"  # later ones know more
     text = page.write(made_study).read_text()

@@ -150,14 +150,14 @@ class SelfAttention(nn.Module):
         read = self.heads_only
         asking = read_at(x, context.read_positions) if read else x
         if c.fused_qkv:
-            shape = c.hidden_size, 3, c.num_heads, c.head_dim
-            qkv = Projection("BTD,DANH->BTANH", shape, bias_axes and 3, name="qkv")(x)
+            shape = 3, c.num_heads, c.head_dim, c.hidden_size
+            qkv = Projection("BTD,ANHD->BTANH", shape, bias_axes and 3, name="qkv")(x)
             q, k, v = (qkv[:, :, i] for i in range(3))
             q = read_at(q, context.read_positions) if read else q
         else:
-            q = Projection("BTD,DNH->BTNH", (c.hidden_size, c.num_heads, c.head_dim), bias_axes, name="q_proj")(asking)
-            k = Projection("BTD,DKH->BTKH", (c.hidden_size, c.num_kv_heads, c.head_dim), bias_axes, name="k_proj")(x)
-            v = Projection("BTD,DKH->BTKH", (c.hidden_size, c.num_kv_heads, c.head_dim), bias_axes, name="v_proj")(x)
+            q = Projection("BTD,NHD->BTNH", (c.num_heads, c.head_dim, c.hidden_size), bias_axes, name="q_proj")(asking)
+            k = Projection("BTD,KHD->BTKH", (c.num_kv_heads, c.head_dim, c.hidden_size), bias_axes, name="k_proj")(x)
+            v = Projection("BTD,KHD->BTKH", (c.num_kv_heads, c.head_dim, c.hidden_size), bias_axes, name="v_proj")(x)
         if c.qk_norm:
             q, k = RMSNorm(c.rms_norm_eps, name="q_norm")(q), RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         at = context.at_read() if read else context
@@ -187,7 +187,7 @@ class SelfAttention(nn.Module):
         self.sow("intermediates", "head_outputs", taken, reduce_fn=lambda _, new: new)
         if read:
             return x, cache
-        return Projection("BTNH,NHD->BTD", (c.num_heads, c.head_dim, c.hidden_size), name="o_proj")(heads), cache
+        return Projection("BTNH,DNH->BTD", (c.hidden_size, c.num_heads, c.head_dim), name="o_proj")(heads), cache
 
 
 class FeedForward(nn.Module):
@@ -198,9 +198,9 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
-        gate = Projection("BTD,DF->BTF", (c.hidden_size, c.intermediate_size), name="gate_proj")(x)
-        up = Projection("BTD,DF->BTF", (c.hidden_size, c.intermediate_size), name="up_proj")(x)
-        return Projection("BTF,FD->BTD", (c.intermediate_size, c.hidden_size), name="down_proj")(
+        gate = Projection("BTD,FD->BTF", (c.intermediate_size, c.hidden_size), name="gate_proj")(x)
+        up = Projection("BTD,FD->BTF", (c.intermediate_size, c.hidden_size), name="up_proj")(x)
+        return Projection("BTF,DF->BTD", (c.hidden_size, c.intermediate_size), name="down_proj")(
             ACTIVATIONS[c.hidden_act](gate) * up
         )
 
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         self.layers = scanned(DecoderBlock, c.num_layers, c.remat, (0, 0, 0, nn.broadcast))(c)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
-            self.lm_head = Projection("BTD,DV->BTV", (c.hidden_size, c.vocab_size))
+            self.lm_head = Projection("BTD,VD->BTV", (c.vocab_size, c.hidden_size))
 
     def embed(self, token_ids: Array) -> jax.Array:
         """int32 ``[B, T]`` -> ``[B, T, D]``; ids beyond the vocabulary (image tokens of some) get the last row."""
@@ -398,12 +398,12 @@ def checkpoint_entries(config: DecoderConfig, source: str, lm_head: str, target:
     if config.tie_word_embeddings:
         entries.append(Entry(f"{target}/embed_tokens", f"{lm_head}.weight", "v d -> v d", copy=True))
     else:
-        entries.append(Entry(f"{target}/lm_head/kernel", f"{lm_head}.weight", "v d -> d v"))
+        entries.append(Entry(f"{target}/lm_head/kernel", f"{lm_head}.weight", "v d -> v d"))
     for name in ("input_layernorm", "post_attention_layernorm"):
         entries.append(Entry(f"{target}/layers/{name}/scale", f"{layer}.{name}.weight", "d -> d", {}, count))
     for name in ("q_proj", "k_proj", "v_proj"):
         path, key = f"{target}/layers/self_attn/{name}", f"{layer}.self_attn.{name}"
-        entries.append(Entry(f"{path}/kernel", f"{key}.weight", "(n h) d -> d n h", heads, count))
+        entries.append(Entry(f"{path}/kernel", f"{key}.weight", "(n h) d -> n h d", heads, count))
         if config.qkv_bias:
             entries.append(Entry(f"{path}/bias", f"{key}.bias", "(n h) -> n h", heads, count))
     if config.qk_norm:
@@ -414,13 +414,13 @@ def checkpoint_entries(config: DecoderConfig, source: str, lm_head: str, target:
         Entry(
             f"{target}/layers/self_attn/o_proj/kernel",
             f"{layer}.self_attn.o_proj.weight",
-            "d (n h) -> n h d",
+            "d (n h) -> d n h",
             heads,
             count,
         )
     )
     for name in ("gate_proj", "up_proj", "down_proj"):
         entries.append(
-            Entry(f"{target}/layers/mlp/{name}/kernel", f"{layer}.mlp.{name}.weight", "o i -> i o", {}, count)
+            Entry(f"{target}/layers/mlp/{name}/kernel", f"{layer}.mlp.{name}.weight", "o i -> o i", {}, count)
         )
     return entries

@@ -120,11 +120,11 @@ class AttentionPooling(nn.Module):
         probe = self.param("probe", nn.initializers.lecun_normal(), (1, 1, c.hidden_size))
         probe = jnp.broadcast_to(probe.astype(x.dtype), (x.shape[0], 1, c.hidden_size))
         # Stored as one matrix: queries of the patches and key and value of the probe are computed and not used.
-        qkv = Projection("XnD,DUNH->XnUNH", (c.hidden_size, 3, *inner), bias_axes=3, name="qkv")(
+        qkv = Projection("XnD,UNHD->XnUNH", (3, *inner, c.hidden_size), bias_axes=3, name="qkv")(
             jnp.concatenate([probe, x], axis=1)
         )
         y = attention(qkv[:, :1, 0], qkv[:, 1:, 1], qkv[:, 1:, 2], causal=False)
-        y = Projection("XnNH,NHD->XnD", (*inner, c.hidden_size), bias_axes=1, name="out_proj")(y)
+        y = Projection("XnNH,DNH->XnD", (c.hidden_size, *inner), bias_axes=1, name="out_proj")(y)
         return (y + vit.feed_forward(c, LayerNorm(c.layer_norm_eps, name="layernorm")(y)))[:, 0]
 
 
@@ -161,8 +161,8 @@ class TwoTowers(nn.Module):
             self.head = AttentionPooling(c.vision)
             self.logit_bias = self.param("logit_bias", nn.initializers.constant(-10.0), (1,))
         else:
-            self.visual_projection = Projection("XD,DE->XE", (c.vision.hidden_size, c.embedding_size))
-        self.text_projection = Projection("XD,DE->XE", (c.text.hidden_size, c.embedding_size), int(c.sigmoid))
+            self.visual_projection = Projection("XD,ED->XE", (c.embedding_size, c.vision.hidden_size))
+        self.text_projection = Projection("XD,ED->XE", (c.embedding_size, c.text.hidden_size), int(c.sigmoid))
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(np.log(10.0)), (1,))
 
     def embed_images(self, pixels: Array) -> jax.Array:
@@ -205,8 +205,8 @@ def checkpoint_table(config: DualEncoderConfig) -> Table:
         ]
     else:
         entries += [
-            Entry("text_projection/kernel", "text_projection.weight", "o i -> i o"),
-            Entry("visual_projection/kernel", "visual_projection.weight", "o i -> i o"),
+            Entry("text_projection/kernel", "text_projection.weight", "o i -> o i"),
+            Entry("visual_projection/kernel", "visual_projection.weight", "o i -> o i"),
             Entry("logit_scale", "logit_scale", "-> 1"),
         ]
     # A buffer that older releases stored.
@@ -219,9 +219,9 @@ def _pooling_entries(config: VisionConfig, source: str, target: str) -> list[Ent
     attend = f"{source}.attention"
     return [
         Entry(f"{target}/probe", f"{source}.probe", "x n d -> x n d"),
-        Entry(f"{target}/qkv/kernel", f"{attend}.in_proj_weight", "(u n h) d -> d u n h", fused),
+        Entry(f"{target}/qkv/kernel", f"{attend}.in_proj_weight", "(u n h) d -> u n h d", fused),
         Entry(f"{target}/qkv/bias", f"{attend}.in_proj_bias", "(u n h) -> u n h", fused),
-        Entry(f"{target}/out_proj/kernel", f"{attend}.out_proj.weight", "d (n h) -> n h d", heads),
+        Entry(f"{target}/out_proj/kernel", f"{attend}.out_proj.weight", "d (n h) -> d n h", heads),
         Entry(f"{target}/out_proj/bias", f"{attend}.out_proj.bias", "d -> d"),
         *vit.norm_entries(f"{target}/layernorm", f"{source}.layernorm"),
         *vit.linear_entries(f"{target}/fc1", f"{source}.mlp.fc1"),

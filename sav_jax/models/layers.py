@@ -6,6 +6,7 @@ dtype; norms and rotations are done in float32.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -36,17 +37,44 @@ def gathered(kernel: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*(None if axis in "CD" else free for axis in axes)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Which axes of a kernel are summed over, and which appear in the result.
+
+    Attributes:
+        inputs, outputs: places of these axes, in their order.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, equation: str) -> Sides:
+        """Those of the second operand."""
+        operands, result = equation.split("->")
+        axes = operands.split(",")[1]
+        inputs = tuple(i for i, axis in enumerate(axes) if axis not in result)
+        return cls(inputs, tuple(i for i in range(len(axes)) if i not in inputs))
+
+    def as_kernel(self) -> tuple[int, ...]:
+        """The transposition from all inputs followed by all outputs to the kernel."""
+        order = self.inputs + self.outputs
+        return tuple(order.index(axis) for axis in range(len(order)))
+
+
 class Projection(nn.Module):
     """``einsum(equation, x, kernel) + bias``: every weight matrix of every tower.
+
+    A kernel lies as checkpoints store it, outputs first: loading is reading. Products run as fast either way.
 
     Where the variable collection ``lora`` holds ``a`` ``[*inputs, rank]`` and ``b`` ``[rank, *outputs]`` at this
     module's path, ``(x a) b`` is added (LoRA, arXiv 2106.09685); ``b`` carries the scale. If it also holds a
     ``dropout`` rate and the call brings a "dropout" key, x is dropped out on that way alone. See ``models/lora.py``.
 
     Attributes:
-        equation: for example ``"BTD,DNH->BTNH"``; the second operand is the kernel.
-        shape: the kernel's shape, input axes first.
-        bias_axes: how many trailing kernel axes the bias spans; 0 means no bias.
+        equation: for example ``"BTD,NHD->BTNH"``; the second operand is the kernel.
+        shape: the kernel's shape.
+        bias_axes: how many of the last output axes the bias spans; 0 means no bias.
     """
 
     equation: str
@@ -55,29 +83,33 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inputs = self.num_inputs
-        init = nn.initializers.lecun_normal(
-            in_axis=tuple(range(inputs)), out_axis=tuple(range(inputs, len(self.shape)))
-        )
-        kernel = gathered(self.param("kernel", init, self.shape), self.equation.split("->")[0].split(",")[1])
+        kernel = gathered(self.param("kernel", self._drawn), self.equation.split("->")[0].split(",")[1])
         y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
         if self.has_variable("lora", "a"):
             y = y + self._low_rank(x)
         if self.bias_axes:
-            bias = self.param("bias", nn.initializers.zeros_init(), self.shape[-self.bias_axes :])
+            outputs = tuple(self.shape[axis] for axis in self.sides.outputs)
+            bias = self.param("bias", nn.initializers.zeros_init(), outputs[-self.bias_axes :])
             y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
         return y
 
     @property
-    def num_inputs(self) -> int:
-        """How many leading axes of the kernel are summed over."""
-        operands, result = self.equation.split("->")
-        return sum(axis not in result for axis in operands.split(",")[1])
+    def sides(self) -> Sides:
+        return Sides.of(self.equation)
+
+    def _drawn(self, key: jax.Array) -> jax.Array:
+        """Fresh numbers, drawn inputs first: what a seed gives does not depend on how the kernel lies."""
+        inputs, outputs = self.sides.inputs, self.sides.outputs
+        init = nn.initializers.lecun_normal(
+            in_axis=tuple(range(len(inputs))), out_axis=tuple(range(len(inputs), len(self.shape)))
+        )
+        drawn = init(key, tuple(self.shape[axis] for axis in inputs + outputs))
+        return jnp.transpose(drawn, self.sides.as_kernel())
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         operands, result = self.equation.split("->")
         given, kernel = operands.split(",")
-        inputs, outputs = kernel[: self.num_inputs], kernel[self.num_inputs :]
+        inputs, outputs = ("".join(kernel[axis] for axis in side) for side in (self.sides.inputs, self.sides.outputs))
         if self.has_variable("lora", "dropout") and self.has_rng("dropout"):
             keep = 1.0 - jnp.asarray(self.get_variable("lora", "dropout"), jnp.float32)
             kept = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)

@@ -124,9 +124,9 @@ class Projector(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         width, bias_axes = c.text.hidden_size, int(c.projector_bias)
-        x = Projection("XnC,CD->XnD", (c.vision.hidden_size, width), bias_axes, name="linear_1")(x)
+        x = Projection("XnC,DC->XnD", (width, c.vision.hidden_size), bias_axes, name="linear_1")(x)
         x = ACTIVATIONS[c.projector_hidden_act](x)
-        return Projection("XnC,CD->XnD", (width, width), bias_axes, name="linear_2")(x)
+        return Projection("XnC,DC->XnD", (width, width), bias_axes, name="linear_2")(x)
 
 
 def _projector(config: LlavaConfig) -> nn.Module:
@@ -184,7 +184,7 @@ def checkpoint_table(config: LlavaConfig) -> Table:
         entries += projectors.checkpoint_entries(c.prototypes, "multi_modal_projector", "multi_modal_projector")
     for name in ("linear_1", "linear_2") if c.prototypes is None else ():
         path = f"multi_modal_projector/{name}"
-        entries.append(Entry(f"{path}/kernel", f"multi_modal_projector.{name}.weight", "o i -> i o"))
+        entries.append(Entry(f"{path}/kernel", f"multi_modal_projector.{name}.weight", "o i -> o i"))
         if c.projector_bias:
             entries.append(Entry(f"{path}/bias", f"multi_modal_projector.{name}.bias", "o -> o"))
     return Table(

@@ -24,7 +24,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sav_jax.errors import UserError
-from sav_jax.models.layers import Projection
+from sav_jax.models.layers import Projection, Sides
 from sav_jax.models.multimodal import MultimodalModel, init_params
 
 Weights: TypeAlias = Mapping[str, Any]
@@ -69,12 +69,22 @@ class Kernel:
 
     Attributes:
         layers: L, or None if it is not stacked.
-        inputs, outputs: sizes of its axes.
+        shape: of one layer.
+        sides: which of its axes are inputs and outputs.
     """
 
     layers: int | None
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    shape: tuple[int, ...]
+    sides: Sides
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Sizes of these axes."""
+        return tuple(self.shape[axis] for axis in self.sides.inputs)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.sides.outputs)
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Of a and b."""
@@ -85,24 +95,23 @@ class Kernel:
 @functools.lru_cache(maxsize=16)
 def projections(module: MultimodalModel) -> dict[str, Kernel]:
     """All projections of a model by path, but for those of layers that no forward pass runs."""
-    inputs: dict[str, int] = {}
+    sides: dict[str, Sides] = {}
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         if isinstance(context.module, Projection) and context.method_name == "__call__":
-            inputs["/".join(context.module.path)] = context.module.num_inputs
+            sides["/".join(context.module.path)] = context.module.sides
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
         shapes = jax.eval_shape(lambda key: init_params(module, key), jax.random.key(0))
     flat = traverse_util.flatten_dict(shapes, sep="/")
     found = {}
-    for path, number in inputs.items():
+    for path, axes in sides.items():
         if "unread_layers" in path:
             continue
         shape = flat[f"{path}/kernel"].shape
         stacked = _is_stacked(path)
-        inner = shape[1:] if stacked else shape
-        found[path] = Kernel(shape[0] if stacked else None, inner[:number], inner[number:])
+        found[path] = Kernel(shape[0], shape[1:], axes) if stacked else Kernel(None, shape, axes)
     return found
 
 
@@ -209,15 +218,16 @@ def merged(
             weights[f"{path}/a"],
             weights[f"{path}/b"],
             target.scale,
+            kernels[path].sides,
             kernels[path].layers is not None,
         )
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _added(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, stacked: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _added(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, sides: Sides, stacked: bool) -> jax.Array:
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), axes=1)
+        return jnp.transpose(jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), axes=1), sides.as_kernel())
 
     update = (jax.vmap(product) if stacked else product)(a, b)
     return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
@@ -238,10 +248,11 @@ def sharding(
     projection, name = path.rsplit("/", 1)
     kernel = projections(module)[projection]
     stacked = () if kernel.layers is None else (kernel.layers,)
-    whole = (*stacked, *kernel.inputs, *kernel.outputs)
+    whole = (*stacked, *kernel.shape)
     spec = tuple(kernel_sharding(f"{projection}/kernel", whole).spec)
     spec += (None,) * (len(whole) - len(spec))
-    inputs = len(stacked) + len(kernel.inputs)
-    axes = (*spec[:inputs], None) if name == "a" else (*spec[: len(stacked)], None, *spec[inputs:])
+    of_layers, spec = spec[: len(stacked)], spec[len(stacked) :]
+    inputs, outputs = (tuple(spec[axis] for axis in side) for side in (kernel.sides.inputs, kernel.sides.outputs))
+    axes = (*of_layers, *inputs, None) if name == "a" else (*of_layers, None, *outputs)
     assert len(axes) == len(shape)
     return NamedSharding(mesh, PartitionSpec(*axes))

@@ -93,9 +93,9 @@ class PrototypeExtractor(nn.Module):
 
     def setup(self) -> None:
         c, d = self.channels, self.width
-        self.to_centers = Projection("XKC,CE->XKE", (c, c), 1)
-        self.to_keys = Projection("XnC,CE->XnE", (c, c), 1)
-        self.to_features = Projection("XnC,CE->XnE", (c, c), 1)
+        self.to_centers = Projection("XKC,EC->XKE", (c, c), 1)
+        self.to_keys = Projection("XnC,EC->XnE", (c, c), 1)
+        self.to_features = Projection("XnC,EC->XnE", (c, c), 1)
         if self.prototypes.form == "released":
             self.similarity_scale = self.param("similarity_scale", nn.initializers.ones_init(), ())
             self.similarity_offset = self.param("similarity_offset", nn.initializers.zeros_init(), ())
@@ -103,9 +103,9 @@ class PrototypeExtractor(nn.Module):
             # So small that q(C) k(Z), which nothing divides by sqrt(C), is of order one at first.
             init = nn.initializers.normal(0.02)
             self.centers = self.param("centers", init, (self.prototypes.num_prototypes, c))
-            self.to_residual = Projection("XnC,CE->XnE", (c, c), 1)
-        self.linear_1 = Projection("XnC,CD->XnD", (c, d), 1)
-        self.linear_2 = Projection("XnD,DE->XnE", (d, d), 1)
+            self.to_residual = Projection("XnC,EC->XnE", (c, c), 1)
+        self.linear_1 = Projection("XnC,DC->XnD", (d, c), 1)
+        self.linear_2 = Projection("XnD,ED->XnE", (d, d), 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         cluster = self.cluster_as_released if self.prototypes.form == "released" else self.cluster_as_written

@@ -140,9 +140,9 @@ class VisionBlock(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         c = self.config
         y = LayerNorm(EPS, name="layer_norm1")(x)
-        qkv = Projection("XnD,DANH->XnANH", (c.hidden_size, 3, c.num_heads, c.head_dim), 3, name="qkv")(y)
+        qkv = Projection("XnD,ANHD->XnANH", (3, c.num_heads, c.head_dim, c.hidden_size), 3, name="qkv")(y)
         y = attention(*(qkv[:, :, i] for i in range(3)), causal=False)
-        x = x + Projection("XnNH,NHD->XnD", (c.num_heads, c.head_dim, c.hidden_size), 1, name="out_proj")(y)
+        x = x + Projection("XnNH,DNH->XnD", (c.hidden_size, c.num_heads, c.head_dim), 1, name="out_proj")(y)
         return x + feed_forward(c, LayerNorm(EPS, name="layer_norm2")(x)), None
 
 
@@ -154,11 +154,11 @@ class StackedProjections(nn.Module):
     @nn.compact
     def __call__(self, *inputs: jax.Array) -> list[jax.Array]:
         width = inputs[0].shape[-1]
-        shape = width, len(inputs), self.num_heads, width // self.num_heads
-        kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3)), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
+        shape = len(inputs), self.num_heads, width // self.num_heads, width
+        kernel = self.param("kernel", nn.initializers.lecun_normal(in_axis=3, out_axis=(0, 1, 2)), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[:-1])
         kernel, bias = kernel.astype(inputs[0].dtype), bias.astype(inputs[0].dtype)
-        outputs = (jnp.einsum("XnE,ENH->XnNH", x, kernel[:, i]) for i, x in enumerate(inputs))
+        outputs = (jnp.einsum("XnE,NHE->XnNH", x, kernel[i]) for i, x in enumerate(inputs))
         return [y + jnp.broadcast_to(bias[i], y.shape) for i, y in enumerate(outputs)]
 
 
@@ -178,13 +178,13 @@ class Resampler(nn.Module):
             "position_embedding", lambda _, *shape: jnp.asarray(sincos_positions(*shape)), side, width
         )
         if c.hidden_size != width:
-            x = Projection("XnD,DE->XnE", (c.hidden_size, width), name="input_proj")(x)
+            x = Projection("XnD,ED->XnE", (width, c.hidden_size), name="input_proj")(x)
         x = LayerNorm(EPS, name="ln_kv")(x)
         keys = x + jnp.broadcast_to(resized(positions, c.patches_per_side).astype(x.dtype), x.shape)
         queries = LayerNorm(EPS, name="ln_q")(query.astype(x.dtype)) + positions.astype(x.dtype)
         q, k, v = StackedProjections(heads, name="qkv")(queries[None], keys, x)
         y = attention(jnp.broadcast_to(q, (x.shape[0], *q.shape[1:])), k, v, causal=False)
-        return Projection("XQNH,NHE->XQE", (heads, RESAMPLER_HEAD_DIM, width), 1, name="out_proj")(y)
+        return Projection("XQNH,ENH->XQE", (width, heads, RESAMPLER_HEAD_DIM), 1, name="out_proj")(y)
 
 
 class Qwen1VisionTower(nn.Module):
@@ -199,7 +199,7 @@ class Qwen1VisionTower(nn.Module):
         # A stride-p convolution of width p is one matrix product per patch; what is left at the edge no patch sees.
         pixels = pixels[:, : side * p, : side * p]
         patches = rearrange(pixels, "x (i p) (j q) c -> x (i j) (p q c)", p=p, q=p)
-        x = Projection("XnC,CD->XnD", (p * p * 3, c.hidden_size), name="patch_embedding")(patches)
+        x = Projection("XnC,DC->XnD", (c.hidden_size, p * p * 3), name="patch_embedding")(patches)
         positions = self.param("position_embedding", nn.initializers.normal(0.02), (POSITION_SIDE**2, c.hidden_size))
         x = x + jnp.broadcast_to(resized(positions, side).astype(x.dtype), x.shape)
         x = LayerNorm(EPS, name="pre_layernorm")(x)
@@ -217,15 +217,15 @@ def checkpoint_entries(config: Qwen1VisionConfig, source: str, target: str) -> l
     layers, block, count = f"{target}/layers", f"{source}.transformer.resblocks.{{layer}}", c.num_layers
     resampler, pool = f"{target}/resampler", f"{source}.attn_pool"
     entries = [
-        Entry(f"{target}/patch_embedding/kernel", f"{source}.conv1.weight", "d c p q -> (p q c) d", patch),
+        Entry(f"{target}/patch_embedding/kernel", f"{source}.conv1.weight", "d c p q -> d (p q c)", patch),
         Entry(f"{target}/position_embedding", f"{source}.positional_embedding", "n d -> n d"),
         *norm_entries(f"{target}/pre_layernorm", f"{source}.ln_pre"),
         *norm_entries(f"{layers}/layer_norm1", f"{block}.ln_1", count),
         *norm_entries(f"{layers}/layer_norm2", f"{block}.ln_2", count),
         # Every head's query, key and value stand together.
-        Entry(f"{layers}/qkv/kernel", f"{block}.attn.in_proj.weight", "(n a h) d -> d a n h", heads, count),
+        Entry(f"{layers}/qkv/kernel", f"{block}.attn.in_proj.weight", "(n a h) d -> a n h d", heads, count),
         Entry(f"{layers}/qkv/bias", f"{block}.attn.in_proj.bias", "(n a h) -> a n h", heads, count),
-        Entry(f"{layers}/out_proj/kernel", f"{block}.attn.out_proj.weight", "d (n h) -> n h d", heads, count),
+        Entry(f"{layers}/out_proj/kernel", f"{block}.attn.out_proj.weight", "d (n h) -> d n h", heads, count),
         Entry(f"{layers}/out_proj/bias", f"{block}.attn.out_proj.bias", "d -> d", {}, count),
         *linear_entries(f"{layers}/fc1", f"{block}.mlp.c_fc", count),
         *linear_entries(f"{layers}/fc2", f"{block}.mlp.c_proj", count),
@@ -237,16 +237,16 @@ def checkpoint_entries(config: Qwen1VisionConfig, source: str, target: str) -> l
         Entry(
             f"{resampler}/qkv/kernel",
             f"{pool}.attn.in_proj_weight",
-            "(a n h) e -> e a n h",
+            "(a n h) e -> a n h e",
             {"a": 3, **resampler_heads},
         ),
         Entry(f"{resampler}/qkv/bias", f"{pool}.attn.in_proj_bias", "(a n h) -> a n h", {"a": 3, **resampler_heads}),
-        Entry(f"{resampler}/out_proj/kernel", f"{pool}.attn.out_proj.weight", "e (n h) -> n h e", resampler_heads),
+        Entry(f"{resampler}/out_proj/kernel", f"{pool}.attn.out_proj.weight", "e (n h) -> e n h", resampler_heads),
         Entry(f"{resampler}/out_proj/bias", f"{pool}.attn.out_proj.bias", "e -> e"),
         *norm_entries(f"{target}/post_layernorm", f"{source}.ln_post"),
         # A plain matrix that stands to the right of the features.
         Entry(f"{target}/proj/kernel", f"{source}.proj", "i o -> i o"),
     ]
     if c.hidden_size != c.out_size:
-        entries.append(Entry(f"{resampler}/input_proj/kernel", f"{pool}.kv_proj.weight", "e d -> d e"))
+        entries.append(Entry(f"{resampler}/input_proj/kernel", f"{pool}.kv_proj.weight", "e d -> e d"))
     return entries

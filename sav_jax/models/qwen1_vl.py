@@ -151,12 +151,12 @@ def checkpoint_table(config: Qwen1VLConfig) -> Table:
         Entry(f"{layers}/input_layernorm/scale", f"{source}.ln_1.weight", "d -> d", {}, count),
         Entry(f"{layers}/post_attention_layernorm/scale", f"{source}.ln_2.weight", "d -> d", {}, count),
         # All queries, then all keys, then all values.
-        Entry(f"{layers}/self_attn/qkv/kernel", f"{source}.attn.c_attn.weight", "(a n h) d -> d a n h", fused, count),
+        Entry(f"{layers}/self_attn/qkv/kernel", f"{source}.attn.c_attn.weight", "(a n h) d -> a n h d", fused, count),
         Entry(f"{layers}/self_attn/qkv/bias", f"{source}.attn.c_attn.bias", "(a n h) -> a n h", fused, count),
         Entry(
             f"{layers}/self_attn/o_proj/kernel",
             f"{source}.attn.c_proj.weight",
-            "d (n h) -> n h d",
+            "d (n h) -> d n h",
             {"h": c.head_dim},
             count,
         ),
@@ -164,11 +164,11 @@ def checkpoint_table(config: Qwen1VLConfig) -> Table:
     ]
     # The second of the two projections is the one that goes through the activation.
     for name, key in (("gate_proj", "w2"), ("up_proj", "w1"), ("down_proj", "c_proj")):
-        entries.append(Entry(f"{layers}/mlp/{name}/kernel", f"{source}.mlp.{key}.weight", "o i -> i o", {}, count))
+        entries.append(Entry(f"{layers}/mlp/{name}/kernel", f"{source}.mlp.{key}.weight", "o i -> o i", {}, count))
     if c.tie_word_embeddings:
         entries.append(Entry(f"{target}/embed_tokens", "lm_head.weight", "v d -> v d", copy=True))
     else:
-        entries.append(Entry(f"{target}/lm_head/kernel", "lm_head.weight", "v d -> d v"))
+        entries.append(Entry(f"{target}/lm_head/kernel", "lm_head.weight", "v d -> v d"))
     return Table(
         entries=tuple(entries),
         ignored=(

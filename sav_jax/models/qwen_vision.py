@@ -191,19 +191,19 @@ class VisionBlock(nn.Module):
         c = self.config
         x, kept = carry
         y = _norm(c, "norm1")(x)
-        qkv = Projection("BPD,DANH->BPANH", (c.hidden_size, 3, c.num_heads, c.head_dim), 3, name="qkv")(y)
-        x = x + Projection("BPNH,NHD->BPD", (c.num_heads, c.head_dim, c.hidden_size), 1, name="o_proj")(
+        qkv = Projection("BPD,ANHD->BPANH", (3, c.num_heads, c.head_dim, c.hidden_size), 3, name="qkv")(y)
+        x = x + Projection("BPNH,DNH->BPD", (c.hidden_size, c.num_heads, c.head_dim), 1, name="o_proj")(
             self._attend(qkv, layer, context)
         )
         y = _norm(c, "norm2")(x)
-        up, down = (c.hidden_size, c.intermediate_size), (c.intermediate_size, c.hidden_size)
+        up, down = (c.intermediate_size, c.hidden_size), (c.hidden_size, c.intermediate_size)
         if c.gated:
-            gate = ACTIVATIONS[c.hidden_act](Projection("BPD,DF->BPF", up, 1, name="gate_proj")(y))
-            y = gate * Projection("BPD,DF->BPF", up, 1, name="up_proj")(y)
-            x = x + Projection("BPF,FD->BPD", down, 1, name="down_proj")(y)
+            gate = ACTIVATIONS[c.hidden_act](Projection("BPD,FD->BPF", up, 1, name="gate_proj")(y))
+            y = gate * Projection("BPD,FD->BPF", up, 1, name="up_proj")(y)
+            x = x + Projection("BPF,DF->BPD", down, 1, name="down_proj")(y)
         else:
-            y = ACTIVATIONS[c.hidden_act](Projection("BPD,DF->BPF", up, 1, name="fc1")(y))
-            x = x + Projection("BPF,FD->BPD", down, 1, name="fc2")(y)
+            y = ACTIVATIONS[c.hidden_act](Projection("BPD,FD->BPF", up, 1, name="fc1")(y))
+            x = x + Projection("BPF,DF->BPD", down, 1, name="fc2")(y)
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, x, layer.slot, 0)
         return (x, kept), None
@@ -243,8 +243,8 @@ class PatchMerger(nn.Module):
             x = _norm(c, "norm")(rearrange(x, "b (m u) d -> b m (u d)", u=unit))
         else:
             x = rearrange(_norm(c, "norm")(x), "b (m u) d -> b m (u d)", u=unit)
-        x = ACTIVATIONS["gelu"](Projection("BMC,CU->BMU", (c.merged_size, c.merged_size), 1, name="fc1")(x))
-        return Projection("BMU,UE->BME", (c.merged_size, c.out_size), 1, name="fc2")(x)
+        x = ACTIVATIONS["gelu"](Projection("BMC,UC->BMU", (c.merged_size, c.merged_size), 1, name="fc1")(x))
+        return Projection("BMU,EU->BME", (c.out_size, c.merged_size), 1, name="fc2")(x)
 
 
 class QwenVision(nn.Module):
@@ -261,7 +261,7 @@ class QwenVision(nn.Module):
             patches = read_at(patches, vision["order"])
         # A convolution whose stride is its width is one matrix product per patch. Only Qwen3-VL's has a bias.
         bias_axes = int(c.position_side is not None)
-        x = Projection("BPC,CD->BPD", (c.patch_values, c.hidden_size), bias_axes, name="patch_embedding")(patches)
+        x = Projection("BPC,DC->BPD", (c.hidden_size, c.patch_values), bias_axes, name="patch_embedding")(patches)
         if c.position_side is not None:
             table = self.param(
                 "position_embedding", nn.initializers.normal(0.02), (c.position_side**2, c.hidden_size)
@@ -324,11 +324,11 @@ def checkpoint_entries(config: QwenVisionConfig, source: str, target: str) -> li
     patch = {"c": 3, "t": c.temporal_patch_size, "p": c.patch_size, "q": c.patch_size}
     entries = [
         Entry(
-            f"{target}/patch_embedding/kernel", f"{source}.patch_embed.proj.weight", "d c t p q -> (c t p q) d", patch
+            f"{target}/patch_embedding/kernel", f"{source}.patch_embed.proj.weight", "d c t p q -> d (c t p q)", patch
         ),
-        Entry(f"{blocks}/qkv/kernel", f"{layer}.attn.qkv.weight", "(a n h) d -> d a n h", qkv, count),
+        Entry(f"{blocks}/qkv/kernel", f"{layer}.attn.qkv.weight", "(a n h) d -> a n h d", qkv, count),
         Entry(f"{blocks}/qkv/bias", f"{layer}.attn.qkv.bias", "(a n h) -> a n h", qkv, count),
-        Entry(f"{blocks}/o_proj/kernel", f"{layer}.attn.proj.weight", "d (n h) -> n h d", heads, count),
+        Entry(f"{blocks}/o_proj/kernel", f"{layer}.attn.proj.weight", "d (n h) -> d n h", heads, count),
         Entry(f"{blocks}/o_proj/bias", f"{layer}.attn.proj.bias", "d -> d", {}, count),
         *_norm_entries(c, f"{blocks}/norm1", f"{layer}.norm1", count),
         *_norm_entries(c, f"{blocks}/norm2", f"{layer}.norm2", count),

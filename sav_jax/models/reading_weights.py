@@ -1,16 +1,15 @@
 """Parts of stored tensors into host arrays, read in the order in which they lie in their files, by several threads.
 
-A parameter has another layout than its file: matrices are transposed, heads have an axis of their own, a device wants a
-slice. Reading through a memory map in that order would wait for the disk at every line of a matrix. So pieces of a
-file go into a buffer first, as they lie there, and from the buffer to their places, in blocks that caches hold. What
-the devices of a process want of a tensor is read once for all of them. Of a slice across its rows, what lies between
-is read, too, unless it is more than three times the slice.
+Parameters lie as their files do (``layers.Projection``), so that most pieces of a file are read to where they stay.
+What is cast, sliced across its rows, or wanted by several devices goes into a buffer first, as it lies in the file, and
+from there to its places: reading through a memory map would wait for the disk at every row. What the devices of a
+process want of a tensor is read once for all of them. Of a slice across its rows, what lies between is read, too,
+unless it is more than three times the slice.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,6 @@ from sav_jax.models.aligned import aligned_empty
 _PIECE_BYTES = 32 * 2**20
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # while one waits for the disk, another moves numbers
 _MOSTLY_UNWANTED = 4  # a piece with more than so many bytes of the file for each one wanted
-_BLOCK = (64, 1024)  # along the source's nearest axis, and the target's: a block of them lies in a core's second cache
 
 
 @dataclass(frozen=True)
@@ -183,30 +181,8 @@ def _fill(tensor: StoredTensor, offset: int, room: np.ndarray) -> None:
 
 
 def copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy, and cast, an array of any memory layout into another.
-
-    In blocks that caches hold, each copied as it lies and then turned. NumPy would go through the target number by
-    number, and in a transposed source touch another line of memory for each (measured: 0.04 GiB/s of a 3,584 x 18,944
-    matrix; in blocks 1.5).
-    """
+    """Copy, and cast, an array of any memory layout into another."""
     if source.dtype == target.dtype and source.dtype.itemsize == 2:
         # As integers, which NumPy moves itself; bfloat16 it would hand over one by one.
         source, target = source.view(np.uint16), target.view(np.uint16)
-    if source.ndim < 2 or source.flags.c_contiguous:
-        target[...] = source.astype(target.dtype, copy=False)
-        return
-    # The source is contiguous along its axis of the smallest step, the target along its last one.
-    last = source.ndim - 1
-    near = min(range(source.ndim), key=lambda axis: (source.shape[axis] == 1, abs(source.strides[axis])))
-    if near == last:
-        target[...] = source.astype(target.dtype, copy=False)
-        return
-    along, across = _BLOCK
-    at: list[slice] = [slice(None)] * source.ndim
-    if math.prod(source.shape) == 0:
-        return
-    for start in range(0, source.shape[last], across):
-        at[last] = slice(start, start + across)
-        for other in range(0, source.shape[near], along):
-            at[near] = slice(other, other + along)
-            target[tuple(at)] = source[tuple(at)].astype(target.dtype, order="K")
+    target[...] = source.astype(target.dtype, copy=False)

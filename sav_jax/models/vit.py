@@ -121,8 +121,8 @@ def known_activation(config: Mapping[str, Any], name: str) -> str:
 def feed_forward(config: EncoderConfig, x: jax.Array) -> jax.Array:
     """Two linear layers, ``fc1`` and ``fc2`` of the module that calls this: ``[X, n, D] -> [X, n, D]``."""
     c = config
-    x = ACTIVATIONS[c.hidden_act](Projection("XnD,DF->XnF", (c.hidden_size, c.intermediate_size), 1, name="fc1")(x))
-    return Projection("XnF,FD->XnD", (c.intermediate_size, c.hidden_size), 1, name="fc2")(x)
+    x = ACTIVATIONS[c.hidden_act](Projection("XnD,FD->XnF", (c.intermediate_size, c.hidden_size), 1, name="fc1")(x))
+    return Projection("XnF,DF->XnD", (c.hidden_size, c.intermediate_size), 1, name="fc2")(x)
 
 
 class EncoderBlock(nn.Module):
@@ -134,11 +134,13 @@ class EncoderBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         c = self.config
-        inner = (c.hidden_size, c.num_heads, c.hidden_size // c.num_heads)
+        heads = (c.num_heads, c.hidden_size // c.num_heads)
         y = LayerNorm(c.layer_norm_eps, name="layer_norm1")(x)
-        q, k, v = (Projection("XnD,DNH->XnNH", inner, bias_axes=2, name=f"{p}_proj")(y) for p in "qkv")
+        q, k, v = (
+            Projection("XnD,NHD->XnNH", (*heads, c.hidden_size), bias_axes=2, name=f"{p}_proj")(y) for p in "qkv"
+        )
         y = attention(q, k, v, causal=self.causal)
-        x = x + Projection("XnNH,NHD->XnD", (*inner[1:], c.hidden_size), bias_axes=1, name="out_proj")(y)
+        x = x + Projection("XnNH,DNH->XnD", (c.hidden_size, *heads), bias_axes=1, name="out_proj")(y)
         return x + feed_forward(c, LayerNorm(c.layer_norm_eps, name="layer_norm2")(x)), None
 
 
@@ -157,7 +159,7 @@ class VisionTransformer(nn.Module):
     def setup(self) -> None:
         c = self.config
         init = nn.initializers.normal(0.02)
-        self.patch_embedding = Projection("XnC,CD->XnD", (c.patch_size**2 * 3, c.hidden_size), int(c.patch_bias))
+        self.patch_embedding = Projection("XnC,DC->XnD", (c.hidden_size, c.patch_size**2 * 3), int(c.patch_bias))
         self.position_embedding = self.param("position_embedding", init, (c.num_tokens, c.hidden_size))
         if c.class_token:
             self.class_embedding = self.param("class_embedding", init, (c.hidden_size,))
@@ -201,7 +203,7 @@ def checkpoint_entries(config: VisionConfig, source: str, target: str) -> list[E
     embeddings = f"{source}.embeddings"
     entries = [
         Entry(
-            f"{target}/patch_embedding/kernel", f"{embeddings}.patch_embedding.weight", "d c p q -> (p q c) d", patch
+            f"{target}/patch_embedding/kernel", f"{embeddings}.patch_embedding.weight", "d c p q -> d (p q c)", patch
         ),
         Entry(f"{target}/position_embedding", f"{embeddings}.position_embedding.weight", "n d -> n d"),
         *norm_entries(f"{target}/post_layernorm", f"{source}.post_layernorm"),
@@ -228,7 +230,7 @@ def layer_entries(config: EncoderConfig, source: str, target: str, count: int, f
         *norm_entries(f"{target}/layer_norm1", f"{layer}.layer_norm1", count, first),
         *norm_entries(f"{target}/layer_norm2", f"{layer}.layer_norm2", count, first),
     ]
-    inward, outward = ("(n h) d -> d n h", "(n h) -> n h"), ("d (n h) -> n h d", "d -> d")
+    inward, outward = ("(n h) d -> n h d", "(n h) -> n h"), ("d (n h) -> d n h", "d -> d")
     patterns = {"q_proj": inward, "k_proj": inward, "v_proj": inward, "out_proj": outward}
     for name, (kernel, bias) in patterns.items():
         path, key = f"{target}/{name}", f"{layer}.self_attn.{name}"
@@ -244,7 +246,7 @@ def layer_entries(config: EncoderConfig, source: str, target: str, count: int, f
 def linear_entries(target: str, source: str, layers: int | None = None, first: int = 0) -> list[Entry]:
     """Kernel and bias of a linear layer."""
     return [
-        Entry(f"{target}/kernel", f"{source}.weight", "o i -> i o", {}, layers, first),
+        Entry(f"{target}/kernel", f"{source}.weight", "o i -> o i", {}, layers, first),
         Entry(f"{target}/bias", f"{source}.bias", "o -> o", {}, layers, first),
     ]
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -277,6 +277,7 @@ class Trainer:
         max_seconds: float | None = None,
         save_seconds: float = 60.0,
         snapshot: Callable[[Params], None] | None = None,
+        stop_step: int | None = None,
         stop_after: int | None = None,
     ) -> State:
         """Trains from the latest state to the end.
@@ -286,6 +287,7 @@ class Trainer:
             max_seconds: stop after about so many, with the state saved; the schedule is the recipe's all the same.
             save_seconds: between states written (and snapshots taken).
             snapshot: given the parameters whenever the state is written.
+            stop_step: stop when so many steps are done, with the state saved; the schedule stays the same.
             stop_after: stop after so many steps without a word, as if killed (for tests).
 
         Returns:
@@ -294,15 +296,16 @@ class Trainer:
         from sav_jax.train.tiny_evaluation import evaluate
 
         recipe, state = self.recipe, self.restore()
-        if state.step >= recipe.steps:
+        last = recipe.steps if stop_step is None else min(recipe.steps, stop_step)
+        if state.step >= last:
             return state
         self.update()  # compiled while the first gradients are
         params, optimizer_state = state.params, state.optimizer
         began = saved = since = time.perf_counter()
         images = 0
         pending: deque[tuple[jax.Array, jax.Array]] = deque()
-        steps = range(state.step, recipe.steps if stop_after is None else min(recipe.steps, state.step + stop_after))
-        batches = prefetched(self.directory, recipe, range(state.step, recipe.steps), workers)
+        steps = range(state.step, last if stop_after is None else min(last, state.step + stop_after))
+        batches = prefetched(self.directory, recipe, range(state.step, last), workers)
         with closing(batches):  # type: ignore[type-var]
             for step, batch in zip(steps, batches, strict=False):
                 stage, at = recipe.place(step)
@@ -318,7 +321,7 @@ class Trainer:
                 if len(pending) >= _IN_FLIGHT:
                     jax.block_until_ready(pending[-_IN_FLIGHT])
                 done, now = step + 1, time.perf_counter()
-                if done % recipe.log_every == 0 or done == recipe.steps:
+                if done % recipe.log_every == 0 or done == last:
                     self._report(stage, done, pending, images / (now - since), now - began)
                     images, since = 0, time.perf_counter()
                 if done % recipe.evaluate_every == 0 or done == recipe.steps:
@@ -326,7 +329,7 @@ class Trainer:
                     self.log(stage=stage.name, step=done, held_out=held_out)
                     images, since = 0, time.perf_counter()
                 late = max_seconds is not None and now - began > max_seconds
-                if (now - saved > save_seconds and stop_after is None) or late or done == recipe.steps:
+                if (now - saved > save_seconds and stop_after is None) or late or done == last:
                     self.save(State(step=done, params=params, optimizer=optimizer_state))
                     if snapshot is not None:
                         snapshot(params)
@@ -366,16 +369,17 @@ class Trainer:
             shutil.copy(self.directory / name, output / name)
         save_checkpoint(output, self.config, jax.device_get(params), dtype="bfloat16")
 
-    def export(self, params: Params, output: Path, account: str = "") -> None:
+    def export(self, params: Params, output: Path, account: str = "", options: Sequence[str] = ()) -> None:
         """Writes the checkpoint directory: bfloat16 weights, their evaluation on held-out scenes, and its card.
 
         Args:
             params: float32.
             output: the directory, made if missing.
             account: for the card: machine, time, and where this training was stopped.
+            options: for the card: what ``scripts/train_tiny.py`` must be given besides the preset for this training.
         """
         from sav_jax.train.tiny_card import write_card
-        from sav_jax.train.tiny_evaluation import evaluate, guesses
+        from sav_jax.train.tiny_evaluation import counts, evaluate, guesses
 
         self.write_weights(params, output)
         rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), params)
@@ -383,11 +387,13 @@ class Trainer:
         evaluation = {
             "recipe": asdict(self.recipe),
             "account": account,
+            "options": list(options),
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
             "scenes_per_kind": number,
             "labels": evaluate(self, rounded, number, labels=True, questions=False),
             "questions": evaluate(self, rounded, number),
             "guess": guesses(self, number),
+            "counts": counts(self, number),
             "curve": self.curve(),
         }
         (output / "evaluation.json").write_text(json.dumps(evaluation, indent=1) + "\n")

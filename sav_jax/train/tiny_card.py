@@ -56,10 +56,10 @@ only (and the first stage's, small). {several}
 
 Muon for matrices ({muon_rate} peak), AdamW for the rest ({adam_rate} peak), losses in {dtype}; every batch follows from
 the step number, so a killed run resumes to the same weights, and the same command on the same machine gives the same
-losses and weights, bit for bit (docs/world.md shows it on a shortened run). To train it again:
+losses and weights, bit for bit (docs/world.md shows it on a shortened run). This training, step by step:
 
 ```sh
-python scripts/train_tiny.py --preset {family} --run-dir runs/{family} --output sav_jax/models/{family}
+python scripts/train_tiny.py --preset {family}{options} --run-dir runs/{family} --output runs/{family}-trained
 ```
 
 {account}The exact numbers of the recipe and the training's log are in `evaluation.json` beside this file.
@@ -69,14 +69,14 @@ python scripts/train_tiny.py --preset {family} --run-dir runs/{family} --output 
 ## What it can do
 
 Exact-match accuracy on held-out scenes with the stored bfloat16 weights: {scenes} scenes of each kind, one question
-about each. A row is one type of question about one kind of scene, and rests on few of them (a type that is rarely asked
-on fewer than ten): read it with its neighbours. Glyphs and words are in typefaces and
+about each. A row is one type of question about one kind of scene; "n" is how many of them it rests on: where it is
+small, read the row with its neighbours. Glyphs and words are in typefaces and
 pen styles that training never drew; one combination of colour and shape or object in eleven is new. "Constant" is the
 share of the commonest answer: what answering without looking would reach. Answers are free (an argmax over the whole
 vocabulary, token by token), not a choice among options. All together: {all:.3f}.
 
-| question (scene) | accuracy | constant |
-|---|---:|---:|
+| question (scene) | accuracy | constant | n |
+|---|---:|---:|---:|
 {questions}
 
 Types "is ...", "exists", "more" are yes/no questions, "claim" asks true or false, "choice" for the letter of an option.
@@ -118,7 +118,8 @@ def _stage_row(stage: Mapping[str, Any]) -> str:
 
 def model_card(evaluation: Mapping[str, Any]) -> str:
     """Markdown of the card. ``evaluation`` is what ``Trainer.export`` writes to ``evaluation.json``."""
-    questions, guesses, recipe = evaluation["questions"], evaluation["guess"], evaluation["recipe"]
+    questions, guesses, counts = (evaluation[key] for key in ("questions", "guess", "counts"))
+    recipe = evaluation["recipe"]
     family = recipe["family"]
     several = any(dict(stage["buckets"]).get("two", 0) > 0 for stage in recipe["stages"])
     return _CARD.format(
@@ -127,11 +128,14 @@ def model_card(evaluation: Mapping[str, Any]) -> str:
         class_=_CLASSES[family],
         stages="\n".join(_stage_row(stage) for stage in recipe["stages"]),
         several=_SEVERAL[several],
+        options="".join(f" {word}" for word in evaluation["options"]),
         account=f"{evaluation['account']}\n\n" if evaluation["account"] else "",
         scenes=evaluation["scenes_per_kind"],
         all=questions["all"],
         questions="\n".join(
-            f"| {name} | {value:.3f} | {guesses[name]:.3f} |" for name, value in questions.items() if name in guesses
+            f"| {name} | {value:.3f} | {guesses[name]:.3f} | {counts[name]} |"
+            for name, value in questions.items()
+            if name in guesses
         ),
         labels="\n".join(f"| {name} | {value:.3f} |" for name, value in evaluation["labels"].items()),
     )

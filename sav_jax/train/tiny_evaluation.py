@@ -102,8 +102,20 @@ def _label_accuracies(trainer: Trainer, params: Params, number: int) -> Metrics:
 
 def guesses(trainer: Trainer, number: int) -> Metrics:
     """Share of the commonest answer for each row of :func:`evaluate`: what one answer to all reaches."""
+    return {
+        name: round(Counter(answers).most_common(1)[0][1] / len(answers), 4)
+        for name, answers in _answers(trainer, number)
+    }
+
+
+def counts(trainer: Trainer, number: int) -> dict[str, int]:
+    """How many questions each row of :func:`evaluate` rests on."""
+    return {name: len(answers) for name, answers in _answers(trainer, number)}
+
+
+def _answers(trainer: Trainer, number: int) -> list[tuple[str, list[str]]]:
     answers: dict[str, list[str]] = defaultdict(list)
     for _, kind, items in held_out_items(number, _buckets(trainer.recipe)):
         for _, (qa,) in items:
             answers[f"{qa.type} ({kind})"].append(qa.answer)
-    return {name: round(Counter(v).most_common(1)[0][1] / len(v), 4) for name, v in sorted(answers.items())}
+    return sorted(answers.items())

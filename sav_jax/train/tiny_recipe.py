@@ -172,9 +172,12 @@ def muon_axes(params: Params) -> Params:
     def axes(path: tuple[str, ...], value: jax.Array) -> MuonDimensionNumbers | None:
         if path[-1] != "kernel":
             return None
+        # Outputs first; attention's output projection has two axes of inputs, heads and their width.
         first = 1 if "layers" in path else 0
         inputs = 2 if path[-2] in ("o_proj", "out_proj") else 1
-        return MuonDimensionNumbers(tuple(range(first, first + inputs)), tuple(range(first + inputs, value.ndim)))
+        return MuonDimensionNumbers(
+            tuple(range(value.ndim - inputs, value.ndim)), tuple(range(first, value.ndim - inputs))
+        )
 
     return traverse_util.unflatten_dict({p: axes(p, v) for p, v in traverse_util.flatten_dict(params).items()})
 

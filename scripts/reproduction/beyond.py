@@ -31,7 +31,7 @@ from scripts.reproduction.rescoring import (
     tasks_of,
 )
 from scripts.reproduction.savs import MARGIN, asked, mean, methods_of
-from scripts.reproduction.study import Answers, Finding, Study, Table, difference, finding
+from scripts.reproduction.study import Answers, Difference, Finding, Study, Table, difference, finding
 
 OURS = "beyond the papers"
 BINS = 15
@@ -118,8 +118,8 @@ def _of_model(study: Study, model: str) -> list[Finding]:
             f"{many}; expected calibration error, {BINS} bins",
             interval,
             {f"ECE of {k}": e for k, e in errors.items()},
-            note="Resamples have larger calibration errors than all queries, the better calibrated side above all: the "
-            "interval lies low.",
+            note="Resamples have larger calibration errors than all queries: the interval is the basic bootstrap's, "
+            "which takes that off.",
         )
 
     layers, _ = heads_of(model)
@@ -182,8 +182,13 @@ def _mean_error(of_task: Mapping[str, Any], kind: str) -> float:
     return float(np.mean([calibration_error(right, sure, np.ones((1, len(sure))))[0] for right, sure in parts]))
 
 
-def calibration_difference(heads: Mapping[str, Any], tasks: Sequence[str], better: str, worse: str) -> Interval:
-    """By how much the calibration error of ``better`` is lower, in points: the mean over tasks and seeds."""
+def calibration_difference(heads: Mapping[str, Any], tasks: Sequence[str], better: str, worse: str) -> Difference:
+    """By how much the calibration error of ``better`` is lower, in points: the mean over tasks and seeds.
+
+    Calibration errors are never negative, and a resample's are larger than those of what it is drawn from: percentiles
+    of resamples would be of something else. The basic bootstrap takes the resamples' deviations from the estimate as
+    the estimate's from the truth (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 5.2).
+    """
     parts: list[tuple[np.ndarray, ...]] = []
     clusters: list[list[str]] = []
     for task in tasks:
@@ -197,7 +202,9 @@ def calibration_difference(heads: Mapping[str, Any], tasks: Sequence[str], bette
         return calibration_error(other_right, other_sure, draws) - calibration_error(right, sure, draws)
 
     found = paired_resampling(lower_by, clusters, resamples=2000).interval
-    return Interval(100 * found.mean, 100 * found.stderr, 100 * found.low, 100 * found.high)
+    low, high = 2 * found.mean - found.high, 2 * found.mean - found.low
+    queries = sum(len(heads[task]["sheet"]["clusters"][0]) for task in tasks)
+    return Difference(100 * found.mean, 100 * found.stderr, 100 * low, 100 * high, queries)
 
 
 def _jaccards(heads: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, list[float]]:

@@ -28,6 +28,7 @@ CAPTIONS = {
     "reproduction-calibration": "How many of the answers that were given some probability were right; on the dashed "
     "line probabilities mean what they say.",
 }
+SHARED = "`compute`, `heads` and `tower`"
 START, END = "<!-- reproduction: written by scripts/reproduce.sh -->", "<!-- end of reproduction -->"
 PAGE = "reproduction.md"
 
@@ -53,7 +54,8 @@ for both sides and all seeds, every task counting alike. A claim *holds* if the 
 hold* if it is below 0, and is *undecided* otherwise. The interval says how sure a difference is for other queries;
 other draws of labelled examples are in it only as far as the seeds differ. Of AIM and SQ-LLaVA every seed is a
 training of its own: there the interval is widened to Student's over the seeds, which with three of them can reach
-beyond what a difference can be. There are {seeds} seeds, and {number} rows without a correction for their number: an
+beyond what a difference can be. "Queries" are those that one seed's figures rest on, of all tasks of the row together.
+There are {seeds} seeds, and {number} rows without a correction for their number: an
 interval that ends a hair's breadth above 0 is no law.
 """
 
@@ -142,7 +144,7 @@ def _section(study: Study, part: str, of: Sequence[Finding]) -> str:
         return "\n".join([*lines, "Not measured yet: `bash scripts/reproduce.sh --parts " + part + "`."])
     code = module(part)
     measured = replace(study, models=tuple(model for model in MODELS if study.record(part, model)))
-    head = ["claim", "model", "setting", "figures", "difference", "seeds", "verdict"]
+    head = ["claim", "model", "setting", "figures", "difference", "seeds", "queries", "verdict"]
     lines += [_row(head), _rule(len(head))]
     last = ""
     for finding in of:
@@ -150,7 +152,7 @@ def _section(study: Study, part: str, of: Sequence[Finding]) -> str:
         claim = "" if finding.claim == last else f"{finding.claim} ({finding.source})"
         last = finding.claim
         cells = [claim, f"`{finding.model}`", finding.setting, figures, shown(finding), str(finding.seeds)]
-        lines.append(_row([*cells, _strong(finding.verdict)]))
+        lines.append(_row([*cells, str(finding.queries or ""), _strong(finding.verdict)]))
     lines += ["", *_remarks(code, of)]
     for table in getattr(code, "tables", _nothing)(measured):
         lines += ["", *_table(table)]
@@ -195,19 +197,16 @@ def _table(table: Table) -> list[str]:
 
 def _colophon(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
     lines = ["## How it was measured", ""]
-    groups: dict[tuple[str, str], list[str]] = {}
-    for part in found:
-        for model in MODELS:
-            if record := study.record(part, model):
-                told = f"`{part}` on `{model}` {record['seconds'] / 60:.0f} min"
-                groups.setdefault((record["machine"], record["versions"]), []).append(told)
-    for (machine, versions), parts in groups.items():
-        lines.append(
-            f"On {machine} ({versions}), beside other work. Wall-clock time of the last run of each part, without "
-            f"what earlier ones had finished: {', '.join(parts)}. All that is kept took {study.hours():.1f} hours, "
-            "one after the other."
-        )
-        lines.append("")
+    records = [record for part in found for model in MODELS if (record := study.record(part, model))]
+    for machine, versions in dict.fromkeys((record["machine"], record["versions"]) for record in records):
+        lines += [f"On {machine} ({versions}), beside other work.", ""]
+    if times := study.minutes():
+        told = ", ".join(f"`{folder}` on `{model}` {minutes:.0f} min" for (folder, model), minutes in times.items())
+        lines += [
+            f"All that is kept took {study.hours():.1f} hours, one after the other, by folders: {told}. What lies in "
+            f"{SHARED} serves the first two parts.",
+            "",
+        ]
     commands = study.commands()
     if commands:
         lines += [

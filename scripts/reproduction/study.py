@@ -53,6 +53,7 @@ class Finding:
       difference: what the claim is about, in points; positive if it is as claimed.
       low, high: its 95 % interval.
       seeds: how many.
+      queries: that each seed's figures rest on, of all tasks together; 0 where they are not of queries.
       note: what else one should know, one sentence.
     """
 
@@ -66,6 +67,7 @@ class Finding:
     low: float | None
     high: float | None
     seeds: int
+    queries: int = 0
     note: str = ""
 
     @property
@@ -213,8 +215,20 @@ class Study:
         """Wall-clock time of all commands and measurements that are kept, hours."""
         return sum(float(of.get("seconds") or 0) for of in self._records() if of.get("key")) / 3600
 
+    def minutes(self) -> dict[tuple[str, str], float]:
+        """(folder, model) -> wall-clock time of the commands and measurements that are kept there."""
+        found: dict[tuple[str, str], float] = {}
+        for file in self._files():
+            folder, model, *_ = (*file.relative_to(self.output).with_suffix("").parts, "")
+            if (of := _json(file)).get("key"):
+                found[folder, model] = found.get((folder, model), 0.0) + float(of.get("seconds") or 0) / 60
+        return found
+
+    def _files(self) -> list[Path]:
+        return [file for file in sorted(self.output.rglob("*.json")) if "cache" not in file.parts]
+
     def _records(self) -> list[dict[str, Any]]:
-        return [_json(file) for file in sorted(self.output.rglob("*.json")) if "cache" not in file.parts]
+        return [_json(file) for file in self._files()]
 
     def save(self, part: str, findings: Sequence[Finding], seconds: float) -> None:
         """Keep the findings of a part, a file for each model, so that models can be measured by processes of their
@@ -264,7 +278,14 @@ class Answers:
         return 100 * float(np.mean([values.mean() for values in self.values]))
 
 
-def difference(better: Mapping[str, Answers], worse: Mapping[str, Answers], margin: float = 0.0) -> Interval:
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A difference in points, and how many queries of a seed it rests on, of all tasks together."""
+
+    queries: int = 0
+
+
+def difference(better: Mapping[str, Answers], worse: Mapping[str, Answers], margin: float = 0.0) -> Difference:
     """How far ``better`` is ahead of ``worse`` on the same queries, in points, plus ``margin``: the mean over tasks.
 
     Queries (or their groups) are resampled, jointly over seeds and over whatever both sides answered: see
@@ -286,14 +307,17 @@ def difference(better: Mapping[str, Answers], worse: Mapping[str, Answers], marg
         b += of.values
         clusters += [[f"{task} {name}" for name in names] for names in of.clusters]
     found = paired_bootstrap(a, b, clusters).interval
-    return Interval(100 * found.mean + margin, 100 * found.stderr, 100 * found.low + margin, 100 * found.high + margin)
+    ends = (100 * found.low + margin, 100 * found.high + margin)
+    queries = sum(len(of.clusters[0]) for of in better.values())
+    return Difference(100 * found.mean + margin, 100 * found.stderr, *ends, queries)
 
 
 def finding(part: str, interval: Interval, **rest: Any) -> Finding:
     """A finding with this difference and its interval."""
     ci = interval.ci
     low, high = (None, None) if ci is None else ci
-    return Finding(part=part, difference=interval.mean, low=low, high=high, **rest)
+    queries = interval.queries if isinstance(interval, Difference) else 0
+    return Finding(part=part, difference=interval.mean, low=low, high=high, **{"queries": queries, **rest})
 
 
 def results_of(folder: Path) -> Results:

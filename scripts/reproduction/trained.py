@@ -6,11 +6,12 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from sav_jax.eval.statistics import Interval, student_interval
-from scripts.reproduction.study import Answers, Study, difference
+from scripts.reproduction.study import Answers, Difference, Study, difference
 
 
 def trainings(study: Study) -> tuple[int, ...]:
@@ -18,7 +19,7 @@ def trainings(study: Study) -> tuple[int, ...]:
     return study.seeds[:3]
 
 
-def over_both(better: Mapping[str, Answers], worse: Mapping[str, Answers], margin: float = 0.0) -> Interval:
+def over_both(better: Mapping[str, Answers], worse: Mapping[str, Answers], margin: float = 0.0) -> Difference:
     """How far ``better`` is ahead, in points, where every seed is a training, or a draw of demonstrations, of its own.
 
     The interval has the ends of two: Student's of the seeds' differences, with queries as they are, and the bootstrap's
@@ -39,13 +40,13 @@ def by_seed(better: Mapping[str, Answers], worse: Mapping[str, Answers], margin:
     return [margin + 100 * float(np.mean([a.values[s].mean() - b.values[s].mean() for a, b in pairs])) for s in seeds]
 
 
-def hull(queries: Interval, seeds: Sequence[float]) -> Interval:
+def hull(queries: Difference, seeds: Sequence[float]) -> Difference:
     """The interval over queries, widened to Student's of the seeds' values."""
     student = student_interval(seeds)
     ends = [ci for ci in (queries.ci, student.ci) if ci is not None]
     if not ends:
         return queries
-    return Interval(queries.mean, queries.stderr, min(low for low, _ in ends), max(high for _, high in ends))
+    return replace(queries, low=min(low for low, _ in ends), high=max(high for _, high in ends))
 
 
 def of_seeds(values: Sequence[float]) -> Interval:

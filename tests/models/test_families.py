@@ -86,9 +86,9 @@ def test_any_mesh_gives_the_same_heads(family: Family, axes: dict[str, int]) -> 
     layers, ways = lmm.params["language_model"]["layers"], axes.get("model", 1)
     query, gate = layers["self_attn"]["q_proj"]["kernel"], layers["mlp"]["gate_proj"]["kernel"]
     assert len(gate.sharding.device_set) == np.prod(list(axes.values()))
-    assert gate.addressable_shards[0].data.shape[2] == gate.shape[2] // ways
+    assert gate.addressable_shards[0].data.shape[1] == gate.shape[1] // ways
     # Heads are split where they can be: 10 and 6 of them two ways, not four.
-    assert query.addressable_shards[0].data.shape[2] == query.shape[2] // (1 if query.shape[2] % ways else ways)
+    assert query.addressable_shards[0].data.shape[1] == query.shape[1] // (1 if query.shape[1] % ways else ways)
 
 
 def test_fewer_layers_give_the_same_first_heads(family: Family) -> None:

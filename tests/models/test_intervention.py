@@ -212,12 +212,12 @@ def test_all_heads_of_all_layers_by_hand(lmm: sav_jax.LMM) -> None:
     last = np.asarray(batch.token_ids)[np.arange(2), np.asarray(batch.lengths) - 1]
     x, layers = p["embed_tokens"][last], p["layers"]
     for i in range(lmm.num_layers):
-        x = x + np.einsum("NH,NHD->D", values[i].astype(np.float64), layers["self_attn"]["o_proj"]["kernel"][i])
+        x = x + np.einsum("NH,DNH->D", values[i].astype(np.float64), layers["self_attn"]["o_proj"]["kernel"][i])
         y = norm(x, layers["post_attention_layernorm"]["scale"][i])
-        gate, up, down = (layers["mlp"][f"{name}_proj"]["kernel"][i] for name in ("gate", "up", "down"))
+        gate, up, down = (layers["mlp"][f"{name}_proj"]["kernel"][i].T for name in ("gate", "up", "down"))
         x = x + (y @ gate / (1 + np.exp(-(y @ gate))) * (y @ up)) @ down
-    head = p["embed_tokens"].T if lmm.config.text.tie_word_embeddings else p["lm_head"]["kernel"]
-    np.testing.assert_allclose(ours, norm(x, p["norm"]["scale"]) @ head, rtol=0, atol=PARITY)
+    head = p["embed_tokens"] if lmm.config.text.tie_word_embeddings else p["lm_head"]["kernel"]
+    np.testing.assert_allclose(ours, norm(x, p["norm"]["scale"]) @ head.T, rtol=0, atol=PARITY)
 
 
 def test_after_a_prefix_every_token_is_changed(lmm: sav_jax.LMM) -> None:

@@ -83,7 +83,7 @@ def compare(
     assert mine.keys() == expected.keys()
     for name, value in expected.items():
         assert value is not None
-        value = value.T if name.endswith("kernel") else value.reshape(mine[name].shape)
+        value = value if name.endswith("kernel") else value.reshape(mine[name].shape)
         tolerance = GRADIENT * float(value.abs().max()) + ROUNDING
         np.testing.assert_allclose(mine[name], value, rtol=0, atol=tolerance, err_msg=name)
 
@@ -199,7 +199,7 @@ def test_paper(num_iterations: int) -> None:
     for key, path in paths.items():
         if "/" in path:
             where, kind = path.split("/")
-            params.setdefault(where, {})[kind] = jnp.asarray(state[key].numpy().T)
+            params.setdefault(where, {})[kind] = jnp.asarray(state[key].numpy())
 
     def theirs(state: State, x: torch.Tensor) -> torch.Tensor:
         return paper_extractor(state, x, num_iterations)

@@ -190,7 +190,7 @@ def test_any_mesh_gives_the_same_heads(
     for ours, plain in zip(run_together(sharded, examples), run_together(load_qwen1("long"), examples), strict=True):
         assert_invariant(ours, plain)
     kernel = sharded.params["language_model"]["layers"]["self_attn"]["qkv"]["kernel"]
-    assert kernel.addressable_shards[0].data.shape[3] == 8 // axes.get("model", 1), "heads are split"
+    assert kernel.addressable_shards[0].data.shape[2] == 8 // axes.get("model", 1), "heads are split"
 
 
 def test_bfloat16(load_qwen1: Callable[[str], sav_jax.LMM], tmp_path: Path) -> None:

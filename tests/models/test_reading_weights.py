@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 from checkpoints import Reference
 from families import mesh_of
+from flax import traverse_util
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sav_jax
 from sav_jax.errors import UserError
+from sav_jax.lmm import BUNDLED
 from sav_jax.models import reading_weights, weights
+from sav_jax.models.multimodal import init_params
 from sav_jax.models.reading_weights import Part, Reader, StoredTensor
+from sav_jax.models.registry import architecture, read_config
 from sav_jax.models.weights import file_headers, read_headers
 
 HEADER = 24  # bytes before the tensor
@@ -115,6 +119,25 @@ def test_what_devices_want_is_read_once(
     # Pixels of a patch are three axes in the file and one in the parameter: turned before it is sliced.
     turned = {"vision_tower.embeddings.patch_embedding.weight"}
     assert read.keys() == {tensor.key for tensor in read_headers(reference.directory)} - turned
+
+
+def test_parameters_lie_as_their_files_do(reference: Reference) -> None:
+    """So that loading is reading. Pixels of a patch are in another order than there: three axes in the file."""
+    for directory, turned in (
+        (reference.directory, ["vision_tower/patch_embedding/kernel"]),
+        (BUNDLED["tiny-qwen"], []),
+    ):
+        arch = architecture(read_config(directory))
+        shapes = traverse_util.flatten_dict(
+            jax.eval_shape(lambda key, module=arch.module: init_params(module, key), jax.random.key(0)), sep="/"
+        )
+        found = []
+        for entry in arch.table.entries:
+            there = np.empty(entry.stored_shape(shapes[entry.target].shape), np.float32)
+            here = np.asarray(entry.to_param(there))
+            if not (np.shares_memory(here, there) and here.flags.c_contiguous):
+                found.append(entry.target)
+        assert found == turned
 
 
 def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:

@@ -159,7 +159,9 @@ def test_the_same_run_twice_has_the_same_losses_and_weights_bit_for_bit(name, tm
     killed = copy(once)  # which shares compiled functions alone
     killed.directory = shutil.copytree(once.directory, tmp_path / "killed")
     wanted = once.run(stop_after=4).params
-    assert equal(wanted, twice.run(stop_after=4).params)
+    assert equal(wanted, twice.run(stop_step=4).params)
+    assert twice.restore().step == 4, "the state is kept"
+    assert equal(wanted, twice.run(stop_step=4).params), "nothing is left to do"
     killed.save(killed.run(stop_after=2))
     assert equal(wanted, killed.run(stop_after=2).params)
     losses = [{row["step"]: row["loss"] for row in rows(trainer)} for trainer in (once, twice, killed)]
@@ -193,10 +195,10 @@ def test_muon_takes_the_matrices_and_leaves_the_layer_axis(finished):
     for name, numbers in axes.items():
         assert (numbers is not None) == name.endswith("/kernel"), name
         if numbers is not None:
-            used = (*numbers.reduction_axis, *numbers.output_axis)
+            used = (*numbers.output_axis, *numbers.reduction_axis)
             assert used == tuple(range("layers" in name, flat[name].ndim)), name
-    assert axes["language_model/layers/self_attn/o_proj/kernel"].reduction_axis == (1, 2)
-    assert axes["language_model/layers/self_attn/q_proj/kernel"].output_axis == (2, 3)
+    assert axes["language_model/layers/self_attn/o_proj/kernel"].reduction_axis == (2, 3)
+    assert axes["language_model/layers/self_attn/q_proj/kernel"].output_axis == (1, 2)
 
 
 def item_of(bucket: str, seed: int, turns: int) -> Item:
@@ -273,7 +275,7 @@ def test_targets_are_the_tokens_after_the_positions_read(chats, bucket):
 
 def test_export_writes_a_loadable_checkpoint_with_its_card(finished, tmp_path):
     trainer, params = finished
-    trainer.export(params, tmp_path / "tiny", "Stopped at step 14, on a laptop.")
+    trainer.export(params, tmp_path / "tiny", "Stopped at step 14, on a laptop.", ["--stop-step 14"])
     arch = architecture(read_config(tmp_path / "tiny"))
     loaded = load_params(tmp_path / "tiny", arch.table, jax.eval_shape(trainer.initial_params), jnp.bfloat16)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -284,7 +286,10 @@ def test_export_writes_a_loadable_checkpoint_with_its_card(finished, tmp_path):
     assert "Stopped at step 14, on a laptop." in card
     for name, value in evaluation["questions"].items():
         if name != "all":
-            assert f"| {name} | {value:.3f} | {evaluation['guess'][name]:.3f} |" in card
+            number = evaluation["counts"][name]
+            assert f"| {name} | {value:.3f} | {evaluation['guess'][name]:.3f} | {number} |" in card
+            assert abs(value * number - round(value * number)) <= 0.5e-4 * number, "a share of so many, to four places"
+    assert "--preset tiny --stop-step 14 --run-dir" in card
     assert "<svg" in (tmp_path / "tiny" / "curve.svg").read_text()
 
     other = copy(trainer)
