@@ -246,7 +246,7 @@ def test_calibration_errors_are_those_of_the_results() -> None:
 
 
 def test_a_calibration_interval_is_about_its_estimate() -> None:
-    """Resamples of a well calibrated side have larger errors than it has; the interval leaves that out."""
+    """Resamples of a well calibrated side have larger errors than it has: not the percentiles."""
     rng = np.random.default_rng(2)
     sure = rng.uniform(0.5, 1, 400)
     sides = {"good": sure, "bad": np.sqrt(sure)}

@@ -35,6 +35,7 @@ from scripts.reproduction.study import Answers, Difference, Finding, Study, Tabl
 
 OURS = "beyond the papers"
 BINS = 15
+NORMAL = 1.96  # standard deviations to either side hold 95 %
 
 HEADLINES = (
     f"Scoring heads on examples left out of their class mean chooses better ones ({SHOTS} shots).",
@@ -118,8 +119,8 @@ def _of_model(study: Study, model: str) -> list[Finding]:
             f"{many}; expected calibration error, {BINS} bins",
             interval,
             {f"ECE of {k}": e for k, e in errors.items()},
-            note="Resamples have larger calibration errors than all queries: the interval is the basic bootstrap's, "
-            "which takes that off.",
+            note="Resamples have larger calibration errors than all queries: the interval is a normal one "
+            "about the estimate, with their standard deviation.",
         )
 
     layers, _ = heads_of(model)
@@ -185,9 +186,9 @@ def _mean_error(of_task: Mapping[str, Any], kind: str) -> float:
 def calibration_difference(heads: Mapping[str, Any], tasks: Sequence[str], better: str, worse: str) -> Difference:
     """By how much the calibration error of ``better`` is lower, in points: the mean over tasks and seeds.
 
-    Calibration errors are never negative, and a resample's are larger than those of what it is drawn from: percentiles
-    of resamples would be of something else. The basic bootstrap takes the resamples' deviations from the estimate as
-    the estimate's from the truth (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 5.2).
+    Calibration errors are never negative, and a resample's are larger than those of what it is drawn from: their
+    percentiles lie to one side of the estimate. The interval is a normal one about the estimate, with the resamples'
+    standard deviation (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.2).
     """
     parts: list[tuple[np.ndarray, ...]] = []
     clusters: list[list[str]] = []
@@ -202,9 +203,9 @@ def calibration_difference(heads: Mapping[str, Any], tasks: Sequence[str], bette
         return calibration_error(other_right, other_sure, draws) - calibration_error(right, sure, draws)
 
     found = paired_resampling(lower_by, clusters, resamples=2000).interval
-    low, high = 2 * found.mean - found.high, 2 * found.mean - found.low
+    ends = (100 * (found.mean + side * NORMAL * found.stderr) for side in (-1, 1))
     queries = sum(len(heads[task]["sheet"]["clusters"][0]) for task in tasks)
-    return Difference(100 * found.mean, 100 * found.stderr, 100 * low, 100 * high, queries)
+    return Difference(100 * found.mean, 100 * found.stderr, *ends, queries)
 
 
 def _jaccards(heads: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, list[float]]:
