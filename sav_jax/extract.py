@@ -278,7 +278,7 @@ def content_key(lmm: LMM, prompt: Prompt, example: Example, media: Sequence[str]
     return digest.hexdigest()
 
 
-_CACHED_BYTES = 4 << 20  # of the widest activations, about what the caches of a CPU's cores hold
+_CACHED_BYTES = 8 << 20  # of the widest activations: what the caches of a CPU's cores hold, or some of it
 
 
 @functools.lru_cache(maxsize=32)

@@ -11,6 +11,8 @@ code does (github.com/chancharikmitra/SAVs): examples one by one through all lay
 over the support set (class means, scores, means of the chosen heads), and Python loops over heads; on Hugging Face's
 model, float32, its fastest attention (sdpa), in inference mode. Both sides start from picture files.
 
+The section "products" times the matrix products of a query alone: how fast either side could be at most.
+
 Each section alternates between the sides and prints the median of their ratios, with the smallest and the largest: of
 the time passed, and of process CPU time, which a busy machine disturbs less. Nothing is printed unless heads, scores,
 chosen heads and predictions of the two agree. Compiling happens before (its time is printed); PyTorch is warmed up.
@@ -22,7 +24,9 @@ PyTorch's threads wait for each other: where other programs run, too, compare on
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import statistics
 import sys
 import tempfile
@@ -37,8 +41,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-Section = Literal["fit", "queries", "half", "reuse", "scoring"]
-SECTIONS: tuple[Section, ...] = ("fit", "queries", "half", "reuse", "scoring")
+Section = Literal["fit", "queries", "half", "reuse", "scoring", "products"]
+SECTIONS: tuple[Section, ...] = ("fit", "queries", "half", "reuse", "scoring", "products")
 QUESTION = "What is shown in this picture?"
 QUESTIONS = ("Is it dark in this picture?", "Is there a square in it?", "Is it mostly red or blue?", "What may it be?")
 CLASSES = 4
@@ -232,7 +236,13 @@ class Row:
     def line(self) -> str:
         each = [1e3 * statistics.median(side[0] for side in sides) / self.work for sides in self.seconds]
         cells = [f"{statistics.median(r):.2f} ({r[0]:.2f}-{r[-1]:.2f})" for r in map(self.ratios, (0, 1))]
-        names = [self.name, *(f"{ms:.1f} ms/{self.unit}" for ms in each), *cells, f"{self.target:g}", self.agreement]
+        names = [
+            self.name,
+            *(f"{ms:.1f} ms/{self.unit}" for ms in each),
+            *cells,
+            f"{self.target:g}" if self.target else "-",
+            self.agreement,
+        ]
         return f"| {' | '.join(names)} |"
 
 
@@ -381,6 +391,42 @@ class Bench:
         require(np.array_equal(theirs, ours), "scores")
         return Row("scoring 784 heads", "example", examples, seconds, 30.0, "same scores")
 
+    def products(self) -> Row:
+        """The layers' products with weights that a query takes, summed over layers, and nothing else: what neither side
+        can do without.
+        """
+        import jax
+        import torch
+
+        tokens = len(self.lmm.processor.plan(QUESTION, [(480, 480)]).token_ids)
+        vision = self.lmm.config.vision
+        patches = 2 * (vision.image_size // vision.patch_size) ** 2
+        rng = np.random.default_rng(0)
+        sizes: list[tuple[np.ndarray, np.ndarray]] = []
+        for part, length in (("vision_tower", patches), ("language_model", tokens)):
+            for path, kernel in jax.tree_util.tree_flatten_with_path(self.lmm.params[part]["layers"])[0]:
+                if path[-1].key == "kernel":
+                    outputs = kernel.shape[1] * (
+                        1 if path[-2].key in ("o_proj", "out_proj") else kernel[0, :, ..., 0].size // kernel.shape[1]
+                    )
+                    layers = np.asarray(kernel).reshape(len(kernel), outputs, -1)
+                    sizes.append((rng.normal(size=(length, layers.shape[2])).astype(np.float32), layers))
+        a = [(torch.from_numpy(x), [torch.from_numpy(w.copy()) for w in layers]) for x, layers in sizes]
+        b = [(x, list(layers)) for x, layers in sizes]
+
+        def summed(pairs: Any) -> Any:
+            return [functools.reduce(operator.iadd, (x @ w.T for w in layers)) for x, layers in pairs]
+
+        ours, given = jax.jit(summed), jax.device_put(b)
+        with torch.inference_mode():
+            expected, found, seconds = alternate(
+                self.arguments.alternations, lambda: summed(a), lambda: jax.block_until_ready(ours(given))
+            )
+        off = max(float(np.abs(x.numpy() - y).max() / x.numpy().std()) for x, y in zip(expected, found, strict=True))
+        require(off < 1e-4, f"products by {off:.1e} of their standard deviation")
+        operations = 2 * sum(len(x) * layers.size for x, layers in sizes) / 1e9
+        return Row("products alone", "query", 1, seconds, 0.0, f"{operations:.1f} GFLOP, within {off:.0e}")
+
 
 def main(arguments: Arguments) -> None:
     """Print the table."""
@@ -403,7 +449,7 @@ def main(arguments: Arguments) -> None:
         with quiet_transformers():
             bench = Bench(Path(folder), arguments)
         of = {"fit": bench.fit, "queries": bench.full, "half": bench.truncated, "reuse": bench.reuse}
-        of["scoring"] = bench.scoring
+        of |= {"scoring": bench.scoring, "products": bench.products}
         tokens = len(bench.lmm.processor.plan(QUESTION, [(480, 480)]).token_ids)
         versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
         print(

@@ -203,9 +203,9 @@ def calibration_difference(heads: Mapping[str, Any], tasks: Sequence[str], bette
         return calibration_error(other_right, other_sure, draws) - calibration_error(right, sure, draws)
 
     found = paired_resampling(lower_by, clusters, resamples=2000).interval
-    ends = (100 * (found.mean + side * NORMAL * found.stderr) for side in (-1, 1))
+    low, high = (100 * (found.mean + side * NORMAL * found.stderr) for side in (-1, 1))
     queries = sum(len(heads[task]["sheet"]["clusters"][0]) for task in tasks)
-    return Difference(100 * found.mean, 100 * found.stderr, *ends, queries)
+    return Difference(100 * found.mean, 100 * found.stderr, low, high, queries)
 
 
 def _jaccards(heads: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, list[float]]:
