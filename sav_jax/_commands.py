@@ -132,6 +132,11 @@ def _predict(options: cli.Predict) -> None:
         raise UserError(f"{name}: {error}; {wanted}{hint}") from None
     if lmm.fingerprint != made_with["fingerprint"]:
         raise UserError(f"{wanted}, not with {lmm.name} (fingerprint {lmm.fingerprint[:12]})")
+    if (runs := np.dtype(lmm.dtype).name) != made_with["dtype"]:
+        note = (
+            f"note: {options.classifier} was made from heads in {made_with['dtype']}; in {runs} some answers may differ"
+        )
+        by_the_first(lambda: print(note, file=sys.stderr))
     heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
     predictions, votes, probabilities = classifier.classify(heads)
 

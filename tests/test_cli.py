@@ -98,6 +98,13 @@ def test_fit_and_predict_on_rows(model: str, train: Path, queries: Path, capsys:
     captured = capsys.readouterr()
     assert captured.out == text
     assert "accuracy 1.0000" in captured.err
+    assert "note:" not in captured.err
+
+    # In another dtype, on demand: it is said.
+    assert run(*command, "--output", "new/half.jsonl", "--dtype", "bfloat16") == 0
+    assert (
+        "note: deep/clf was made from heads in float32; in bfloat16 some answers may differ" in capsys.readouterr().err
+    )
 
 
 def test_fit_and_predict_on_folders(model: str, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

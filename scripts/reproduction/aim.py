@@ -6,9 +6,7 @@ What is trained and asked is in ``aim_measured.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -135,16 +133,16 @@ def cost_rows(found: Measured, row: Callable[..., Finding], every: Sequence[str]
     """What demonstrations cost."""
     memory = {method: found.fact(every, method, most, "cache_bytes") for method in ("icl", "aim")}
     saved = [100 * (1 - a / i) for a, i in zip(memory["aim"], memory["icl"], strict=True)]
-    spent = found.costs
-    seconds = {method: spent["seconds"][method][str(most)] for method in ("icl", "aim")}
+    seconds = {
+        method: [float(np.median(spent["seconds"][method][str(most)])) for spent in found.costs]
+        for method in ("icl", "aim")
+    }
     faster = [100 * (1 - a / i) for a, i in zip(seconds["aim"], seconds["icl"], strict=True)]
-    few, many = (spent["tokens"]["aim"][str(n)] for n in (min(map(int, spent["tokens"]["aim"])), most))
-    each = (many - few) / (most - min(map(int, spent["tokens"]["aim"])))
-    first, second, kept = spent["passes"]
-    again = 100.0 * (1 - (second + kept) / (2 * first))
-
-    def one(*of: Any) -> Finding:
-        return replace(row(*of), seeds=1)  # measured with the first seed's projection
+    least = min(map(int, found.costs[0]["tokens"]["aim"]))
+    few, many = (np.mean([spent["tokens"]["aim"][str(n)] for spent in found.costs]) for n in (least, most))
+    each, text = (many - few) / (most - least), np.mean([spent["text_tokens"] for spent in found.costs])
+    passes = np.array([spent["passes"] for spent in found.costs], float)
+    again = 100 * (1 - passes[:, 1:].sum(axis=1) / (2 * passes[:, 0]))
 
     return [
         row(
@@ -153,22 +151,22 @@ def cost_rows(found: Measured, row: Callable[..., Finding], every: Sequence[str]
             f"keys and values of a prompt with {most} demonstrations, less than of real ones, in %",
             of_seeds(saved),
             {f"{method}, kB": float(np.mean(of)) / 1000 for method, of in memory.items()},
-            f"a demonstration adds {each:.1f} tokens, its text has {spent['text_tokens']:.1f}; the others separate",
+            f"a demonstration adds {each:.1f} tokens, its text has {text:.1f}; the others separate",
         ),
-        one(
+        row(
             "Fused tokens make queries faster than demonstrations in the prompt",
             "figure 1",
             f"reading a prompt with {most} demonstrations, one at a time, less time than with real ones, in %",
             of_seeds(faster),
             {f"{method}, ms": 1000 * float(np.median(of)) for method, of in seconds.items()},
-            f"interval over {len(faster)} repetitions, methods taking turns",
+            "medians of five repetitions, methods taking turns; every seed has demonstrations of its own",
         ),
-        one(
+        row(
             "A bank reads demonstrations once, whatever is asked later",
             "section 3",
             f"passes over {most} demonstrations that a second set of queries, and another process, spare, in %",
-            Interval(again, 0.0, again, again),
-            {"passes, first queries": float(first), "second queries": float(second), "bank from disk": float(kept)},
+            of_seeds(again.tolist()),
+            dict(zip(("passes, first queries", "second queries", "bank from disk"), passes.mean(axis=0), strict=True)),
             "a count, which no seed changes",
         ),
     ]
@@ -253,7 +251,10 @@ def plots(study: Study) -> list[Path]:
                 line[0].errorbar(numbers, scores, yerr=np.maximum(spread.T, 0), capsize=2, label=method, **style)
                 tokens = [np.mean(found.fact(tasks, method, number, "prompt_tokens")) for number in numbers]
                 memory = [np.mean(found.fact(tasks, method, number, "cache_bytes")) / 1000 for number in numbers]
-                times = [1000 * np.median(found.costs["seconds"][method][str(number)]) for number in numbers]
+                times = [
+                    1000 * np.mean([np.median(spent["seconds"][method][str(number)]) for spent in found.costs])
+                    for number in numbers
+                ]
                 for axis, values in zip(line[1:], (tokens, memory, times), strict=True):
                     axis.plot(numbers, values, **style)
             none = mean(found.answers(tasks, "zero-shot", size.middle))

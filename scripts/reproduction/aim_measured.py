@@ -217,14 +217,14 @@ class Measured:
       without: the cell of unsaid tasks without demonstrations.
       cells: number of demonstrations -> a cell of unsaid tasks for each seed.
       others: a cell of asked tasks and captions for each seed.
-      costs: see :func:`costs`.
+      costs: see :func:`costs`, of each seed.
     """
 
     unsaid: Mapping[str, list[str]]
     without: Cell
     cells: Mapping[int, list[Cell]]
     others: list[Cell]
-    costs: Mapping[str, Any]
+    costs: list[dict[str, Any]]
 
     def answers(self, tasks: Sequence[str], method: str, number: int) -> dict[str, Answers]:
         """Task -> what was scored under each seed, by unsaid tasks with so many demonstrations."""
@@ -282,16 +282,18 @@ def measured(study: Study, model: str) -> Measured:
             for what, tasks in (("asked", asked), ("captions", captions))
         ]
         others.append({method: of | both[1][method] for method, of in both[0].items()})
-    spent = study.kept(
-        f"{PART}/{model}/costs",
-        lambda: costs(lmm(), projection(study, lmm(), model, first), every[0], size, folder / "bank"),
-        **facts,
-    )
+
+    def spent(seed: int) -> Callable[[], dict[str, Any]]:
+        return lambda: costs(
+            lmm(), projection(study, lmm(), model, seed), every[0], seed, size, folder / f"bank-{seed}"
+        )
+
+    spents = [study.kept(f"{PART}/{model}/costs-{seed}", spent(seed), **facts) for seed in trainings(study)]
     groups = {group: [task.name for task in tasks] for group, tasks in unsaid.items()}
-    return Measured(groups, without, cells, others, spent)
+    return Measured(groups, without, cells, others, spents)
 
 
-def costs(lmm: LMM, aim: Aim, task: Task, size: Size, folder: Path) -> dict[str, Any]:
+def costs(lmm: LMM, aim: Aim, task: Task, seed: int, size: Size, folder: Path) -> dict[str, Any]:
     """Time, tokens, and passes over demonstrations.
 
     Returns:
@@ -304,10 +306,11 @@ def costs(lmm: LMM, aim: Aim, task: Task, size: Size, folder: Path) -> dict[str,
     assert data.queries is not None
     queries = [item.example for item in data.queries[:20]]
     again = [item.example for item in data.queries[20:40]]
+    drawn = [data.pool[row] for row in np.random.default_rng(seed).permutation(len(data.pool))[: max(size.numbers)]]
     bank = DemonstrationBank(lmm, aim)
 
     def prompts(method: str, number: int, asked: Sequence[sav_jax.Example]) -> list[sav_jax.Example]:
-        shown = data.pool[:number]
+        shown = drawn[:number]
         if method == "icl":
             return [with_demonstrations(task, shown, query) for query in asked]
         tokens = bank.get([item.example for item in shown])
@@ -331,7 +334,7 @@ def costs(lmm: LMM, aim: Aim, task: Task, size: Size, folder: Path) -> dict[str,
     }
     most = max(size.numbers)
     fresh = DemonstrationBank(lmm, aim)
-    shown = [item.example for item in data.pool[:most]]
+    shown = [item.example for item in drawn[:most]]
     passes = []
     for _ in (queries, again):  # what stands before them is the same
         before = fresh.passes

@@ -147,11 +147,11 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         ("other words", "Other words of the question choose more of the same heads than other tasks do."),
     ):
         values = {name: float(np.mean(found_by[name])), "other tasks": between, "by chance": chance}
-        interval = student_interval(
+        over_tasks = student_interval(
             [one - two for one, two in zip(found_by[name], found_by["other tasks"], strict=True)]
         )
         setting = f"{len(tasks)} tasks, {SHOTS} shots; Jaccard index of the {HEADS} heads"
-        add(claim, OURS, setting, interval, values, note="The interval is Student's over tasks.")
+        add(claim, OURS, setting, over_tasks, values, note="The interval is Student's over tasks.")
     other, random = per_task(heads, "other draw"), per_task(heads, "random heads")
     add(
         f"Heads that another draw of examples chose serve as well: no more than {MARGIN:g} point below one's own.",

@@ -89,7 +89,7 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.Mon
         cell(rng, {"zero-shot": 0.5}, tasks),
         dict.fromkeys(numbers, same),
         [cell(rng, {"zero-shot": 0.5, **chances}, others) for _ in range(3)],
-        costs,
+        [costs] * 3,
     )
     rows = aim.rows_of(Study(tmp_path), "tiny", found)
     assert len({row.claim for row in rows}) == len(rows)
@@ -111,7 +111,7 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.Mon
         return [{**c, "icl": c["aim"], "aim": c["icl"]} for c in of]
 
     cells = {n: exchanged(of) for n, of in found.cells.items()}
-    swapped = aim_measured.Measured(unsaid, found.without, cells, exchanged(found.others), costs)
+    swapped = aim_measured.Measured(unsaid, found.without, cells, exchanged(found.others), [costs] * 3)
     failed = [row.claim for row in aim.rows_of(Study(tmp_path), "tiny", swapped) if row.verdict == "does not hold"]
     assert len(failed) == 11  # all but "more demonstrations", time and the bank
 
@@ -126,7 +126,7 @@ def test_costs_are_those_of_prompts(lmm: sav_jax.LMM, tmp_path: Path) -> None:
     start = Aim(Layout(layer=1), config, initial_params(config, 0, "identity", 0.1), lmm.fingerprint, "tiny")
     task = aim_measured.make_task("color", (aim_measured.DIGITS,), 8, 0)
     size = aim_measured.Size(numbers=(1, 2), queries=8)
-    found = aim_measured.costs(lmm, start, task, size, tmp_path / "bank")
+    found = aim_measured.costs(lmm, start, task, 0, size, tmp_path / "bank")
     assert found["passes"] == [2, 0, 0]
     lengths = found["tokens"]
     # Real demonstrations bring their pictures along; virtual ones their text and what separates them.
