@@ -27,6 +27,7 @@ SIZES: dict[str, dict[str, str]] = {
         "--demonstrations": "2",
         "--mtv-prompts": "2",
         "--mtv-steps": "1",
+        "--lora-steps": "1",
     },
     "sav-jax ask": {"--max-new-tokens": "4", "--description-tokens": "4", "--num-questions": "2"},
     "sav-jax train aim": {**_TRAINING, "--documents": "20", "--pairs": "3", "--shots": "1,2"},
