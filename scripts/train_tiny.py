@@ -94,4 +94,10 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(arguments()))
+    from sav_jax.errors import UserError
+
+    try:
+        sys.exit(main(arguments()))
+    except UserError as error:
+        say(f"error: {error}")
+        sys.exit(2)

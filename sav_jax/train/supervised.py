@@ -106,7 +106,7 @@ def problem(
         groups: over all leaves ``lora/...`` and ``params/...``.
         seed: of the low-rank updates' first values; None: shapes alone, of a model of shapes (:mod:`sav_jax.plan`).
         remat: see :class:`~sav_jax.train.optimizer.Optimization`.
-        facts: see :class:`~sav_jax.train.loop.Problem`.
+        facts: see :class:`~sav_jax.train.loop.Problem`; where kernels train, how they lie is added.
 
     Raises:
         UserError: a target or group matches nothing, or a leaf is in no group.
@@ -122,6 +122,8 @@ def problem(
     leaves |= {f"params/{path}": value for path, value in params.items()}
     chosen = trainable_groups(leaves, groups)
     trained = {path.removeprefix("params/") for path in chosen if path.startswith("params/")}
+    if facts is not None and any(path.endswith("/kernel") for path in trained):
+        facts = {**facts, "kernels": "outputs first"}
     shardings = None
     if lmm.mesh is not None:
         of = parameter_sharding(lmm.mesh)

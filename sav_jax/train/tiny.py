@@ -135,12 +135,18 @@ class Trainer:
         partial_file.replace(self.directory / "state.msgpack")
 
     def restore(self) -> State:
-        """The latest state, or the first."""
+        """The latest state, or the first.
+
+        Raises:
+            UserError: the state is of a model of other shapes.
+        """
         file = self.directory / "state.msgpack"
         if not file.exists():
             return jax.jit(lambda: self._fresh(self._initial_params()))().replace(step=0)
         shapes = jax.eval_shape(lambda: self._fresh(self._initial_params()))
         state = serialization.from_bytes(shapes, file.read_bytes())
+        if jax.tree.map(jnp.shape, state) != jax.tree.map(jnp.shape, shapes):
+            raise UserError(f"{file}: of a model of other shapes, or of an earlier version; take another --run-dir")
         return jax.tree.map(jnp.asarray, state).replace(step=int(state.step))
 
     def latest(self) -> tuple[Params, int]:

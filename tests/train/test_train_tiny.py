@@ -7,6 +7,7 @@ import shutil
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,11 @@ def test_the_same_run_twice_has_the_same_losses_and_weights_bit_for_bit(name, tm
     assert equal(wanted, twice.run(stop_step=4).params), "nothing is left to do"
     killed.save(killed.run(stop_after=2))
     assert equal(wanted, killed.run(stop_after=2).params)
+    other: Any = killed.restore()
+    turned = jax.tree.map(lambda x: jnp.swapaxes(x, -1, -2) if jnp.ndim(x) > 1 else x, other.params)
+    killed.save(other.replace(params=turned))
+    with pytest.raises(UserError, match=r"state\.msgpack: of a model of other shapes"):
+        killed.restore()
     losses = [{row["step"]: row["loss"] for row in rows(trainer)} for trainer in (once, twice, killed)]
     assert losses[0] == losses[1] == losses[2]
     assert sorted(losses[0]) == [1, 2, 3, 4]
