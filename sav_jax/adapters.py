@@ -186,7 +186,7 @@ def _kernels(architecture: Architecture) -> dict[str, Entry]:
 
 def _two_sided(entries: Mapping[str, Entry], path: str) -> Entry:
     entry = entries.get(path)
-    if entry is None or len(_sides(entry)) != 2:
+    if entry is None or len(_sides(entry)) != 2 or not entry.source.endswith(".weight"):
         raise UserError(f"PEFT's format cannot hold updates of {path}: it is not a linear layer in the checkpoint")
     return entry
 

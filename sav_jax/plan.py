@@ -202,7 +202,7 @@ def abstract_batch(module: MultimodalModel, mesh: Mesh, rows: int, tokens: int, 
         module: the model.
         mesh: over which the batch is split.
         rows, tokens, read: B, T, R.
-        image_rows: P; 0 for prompts without images.
+        image_rows: P, rounded up to whole visual tokens; 0 for prompts without images.
     """
     split = batch_sharding(mesh)
 
@@ -212,6 +212,8 @@ def abstract_batch(module: MultimodalModel, mesh: Mesh, rows: int, tokens: int, 
     vision: dict[str, Any] = {}
     if image_rows:
         smallest = jax.eval_shape(module.dummy_vision)
+        token = jax.tree.leaves(smallest)[0].shape[1]  # the patches that a Qwen merges, or a tile
+        image_rows = -(-image_rows // token) * token
         vision = jax.tree.map(lambda x: array((rows, image_rows, *x.shape[2:]), x.dtype), smallest)
         vision |= {
             "visual_index": array((rows, tokens, 1), np.int32),

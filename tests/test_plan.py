@@ -17,6 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import sav_jax
 from sav_jax import plan
 from sav_jax.cli import main
+from sav_jax.lmm import BUNDLED
+from sav_jax.models.registry import architecture, read_config
 from sav_jax.plan import GIB, Collective, Report, collectives, estimated_cycles, product_flops
 from sav_jax.plan_extraction import largest_batch
 from sav_jax.sharding import mesh_of
@@ -154,6 +156,12 @@ def test_reading_prompts_on_a_pod(capsys: pytest.CaptureFixture[str]) -> None:
     assert roofline["memory"] == report["arguments"] / 819e9
     assert roofline["compiler"] > roofline["products"]
     assert report["fits"]
+
+
+def test_patches_come_in_whole_visual_tokens() -> None:
+    module = architecture(read_config(BUNDLED["tiny-qwen"])).module
+    batch = plan.abstract_batch(module, mesh_of(jax.devices()[:1], "data=1"), 2, 64, 1, 5)
+    assert {leaf.shape[1] for leaf in jax.tree.leaves(batch.vision)} == {8}, "2 x 2 patches a token"
 
 
 @given(

@@ -64,6 +64,7 @@ def quiet(tmp_path: Path) -> Any:
 )
 def test_the_verdict_is_the_interval_s_sign(low: float | None, high: float | None, verdict: str) -> None:
     assert make_finding(low=low, high=high).verdict == verdict
+    assert make_finding(difference=None, low=None, high=None).verdict == "not testable"
 
 
 def answers(*seeds: Sequence[float]) -> Any:

@@ -24,7 +24,7 @@ from sav_jax.train.chats import read_chats
 from sav_jax.world.scene import Scene, draw, sample_scene
 
 _ORDER = 29  # distinguishes the draws of rows that share a document
-_SEEDS = 40 * 10**9  # first seed of drawn documents, beyond all other drawings of this project
+_SEEDS = 40 * 10**9  # first seed of drawn documents, beyond those of training and tasks
 
 
 def read_documents(path: AnyPath, image_folder: AnyPath | None = None, pairs: int = 9, seed: int = 0) -> list[Document]:

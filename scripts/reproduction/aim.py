@@ -21,6 +21,8 @@ HEADLINES = (
     "Fused tokens are better than no demonstrations (questions)",
 )
 """Claims for the README."""
+SEPARATORS = 2
+"""Tokens between demonstrations that "at text-length cost" is to allow."""
 CAPTIONS = {
     "reproduction-aim": "Tasks whose question does not say what is meant, by number of demonstrations: accuracy "
     "(bars: lowest and highest of the seeds), tokens of a prompt, memory of its keys and values, and time to read it."
@@ -107,12 +109,12 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 trained,
             ),
             row(
-                f"Fused tokens teach what only demonstrations say: better than these in the prompt ({kind})",
+                f"Where demonstrations alone tell what is meant, fused tokens do less harm than they ({kind})",
                 "section 4",
                 setting,
                 over_both(aim, icl),
                 values,
-                trained,
+                f"{trained}; see the row before whether anything is taught",
             ),
         ]
     every = [*drawn, *digits]
@@ -124,6 +126,9 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
             f"{len(every)} tasks whose question does not say what is meant, {most} against {least} demonstrations",
             over_both(many, few),
             {f"{least} demonstrations": mean(few), f"{most} demonstrations": mean(many)},
+            f"projections were trained with {', '.join(map(str, size.shots[:-1]))} or {size.shots[-1]}"
+            if len(size.shots) > 1
+            else f"projections were trained with {size.shots[0]}",
         )
     )
     return [*rows, *cost_rows(found, row, every, most)]
@@ -139,8 +144,14 @@ def cost_rows(found: Measured, row: Callable[..., Finding], every: Sequence[str]
     }
     faster = [100 * (1 - a / i) for a, i in zip(seconds["aim"], seconds["icl"], strict=True)]
     least = min(map(int, found.costs[0]["tokens"]["aim"]))
-    few, many = (np.mean([spent["tokens"]["aim"][str(n)] for spent in found.costs]) for n in (least, most))
-    each, text = (many - few) / (most - least), np.mean([spent["text_tokens"] for spent in found.costs])
+    adds = {
+        method: np.array(
+            [spent["tokens"][method][str(most)] - spent["tokens"][method][str(least)] for spent in found.costs]
+        )
+        / (most - least)
+        for method in ("icl", "aim")
+    }
+    text = np.array([spent["text_tokens"] for spent in found.costs])
     passes = np.array([spent["passes"] for spent in found.costs], float)
     again = 100 * (1 - passes[:, 1:].sum(axis=1) / (2 * passes[:, 0]))
 
@@ -151,7 +162,15 @@ def cost_rows(found: Measured, row: Callable[..., Finding], every: Sequence[str]
             f"keys and values of a prompt with {most} demonstrations, less than of real ones, in %",
             of_seeds(saved),
             {f"{method}, kB": float(np.mean(of)) / 1000 for method, of in memory.items()},
-            f"a demonstration adds {each:.1f} tokens, its text has {text:.1f}; the others separate",
+            "keys and values are counted, not measured; demonstrations of all seeds are as long",
+        ),
+        row(
+            f"A demonstration costs a prompt the tokens of its text and no more than {SEPARATORS} besides",
+            "section 3",
+            f"tokens that a demonstration adds to a prompt, of up to {most}; {SEPARATORS} added",
+            of_seeds((text + SEPARATORS - adds["aim"]).tolist()),
+            {"icl": adds["icl"].mean(), "aim": adds["aim"].mean(), "its text": text.mean()},
+            "of the difference one unit is a token; what is added separates demonstrations",
         ),
         row(
             "Fused tokens make queries faster than demonstrations in the prompt",

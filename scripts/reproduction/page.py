@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sav_jax._files import write_file
-from scripts.reproduction.study import FAILS, HOLDS, MODELS, ROOT, UNDECIDED, Finding, Study, Table
+from scripts.reproduction.study import FAILS, HOLDS, MODELS, ROOT, UNDECIDED, UNTESTED, Finding, Study, Table
 
 PARTS = ("savs", "beyond", "aim", "sq")
 TITLES = {
@@ -47,7 +47,7 @@ from what they measure; none of its figures is typed. What holds here holds for 
 small world. It says that the method does what its authors say where everything can be checked, not that their
 numbers are right; the same commands test a claim on real checkpoints and data (`--model`, [tasks.md](tasks.md)).
 
-How to read a row: figures are in % unless they name a unit (CIDEr-D is times 100); the difference, in points, is what
+How to read a row: figures are in % unless they name a unit (CIDEr-D is times 100); the difference, in the same, is what
 the claim is about, and is positive if it is as claimed; where a claim has a margin ("no more than one point below"),
 it is added. In brackets the 95 % interval: queries, or groups of queries that belong together, are resampled jointly
 for both sides and all seeds, every task counting alike. A claim *holds* if the whole interval is above 0, *does not
@@ -114,11 +114,11 @@ def _summary(found: Mapping[str, Sequence[Finding]]) -> str:
             cells = [_verdicts([f for f in of if f.claim == claim and f.model == model]) for model in models]
             lines.append(_row([claim, *cells]))
     counts = {verdict: sum(f.verdict == verdict for of in found.values() for f in of) for verdict in VERDICTS}
-    told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items() if number or verdict != UNTESTED)
     return "\n".join([*lines, "", f"Of {sum(counts.values())} rows: {told}."])
 
 
-VERDICTS = (HOLDS, FAILS, UNDECIDED)
+VERDICTS = (HOLDS, FAILS, UNDECIDED, UNTESTED)
 
 
 def _verdicts(of: Sequence[Finding]) -> str:

@@ -45,7 +45,7 @@ NEW = ("drawn-safety", "digits", "digits-scattered")
 """What the bundled models were never asked, or never shown."""
 
 HEADLINES = (
-    "SAVs beat asking the model (zero-shot), whose written answers are read.",
+    "SAVs beat asking the model, whose likeliest of the offered answers is taken.",
     "SAVs beat asking the model where its training never went.",
     "SAVs beat in-context learning with 4 demonstrations (likeliest answer).",
     "SAVs beat LoRA on the same examples.",
@@ -57,8 +57,8 @@ HEADLINES = (
 
 _STRONG_RIVAL = (
     "The drawn tasks mostly ask what these models were trained to answer, so that asking is a far stronger rival than "
-    "in the paper, whose models are below chance on its two safety benchmarks; where training never went, SAVs are "
-    "ahead."
+    "in the paper, whose models are below chance on its two safety benchmarks; on digits by hand and on what is "
+    "dangerous, which training never showed, SAVs are ahead."
 )
 _FEW_HEADS = (
     "Twenty are a fifth of these models' 96 heads, and a fortieth of the paper's 784: most heads of so small a model "
@@ -178,7 +178,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         methods_of(folder, "zero-shot-likelihood", new),
         names=("sav", "zero-shot-likelihood"),
         note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). Most of the "
-        "gain is that of drawn-safety: see the accuracies by task.",
+        "gain is that of drawn-safety, where asking is below chance: see the accuracies by task. `drawn-styles`, which "
+        "training never asked either, is not among these tasks: there neither side is above chance (world.md).",
     )
     folder = in_context(study, model)
     few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
@@ -275,7 +276,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         methods_of(folder, "sav", some),
         methods_of(folder, "lora", some),
         names=("sav", "lora"),
-        note="LoRA's rate and steps are fixed here, not chosen on the examples as `sav-jax eval` does by default.",
+        note="LoRA's rate and steps are fixed here, not chosen on the examples as `sav-jax eval` does by default. "
+        "With a chosen rate it is ahead on another task, the parity of digits (training.md).",
     )
     yield from found
 

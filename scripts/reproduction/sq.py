@@ -278,7 +278,8 @@ def rows_of(study: Study, model: str, found: Cells) -> list[Finding]:
                 **whole,
                 values={f"with {part}": mean(better), f"without {part}": mean(worse)},
                 seeds=len(trainings(study)),
-                note=f"loss of answers in conversations {losses[0]:.3f} and {losses[1]:.3f} nats per token",
+                note=f"loss of answers in conversations {losses[0]:.3f} and {losses[1]:.3f} nats per token"
+                + ("; favourable by design: only questions hold the new names" if part == "questions" else ""),
             )
         )
     return rows

@@ -36,7 +36,7 @@ MODELS = ("tiny", "tiny-qwen")
 OUTPUT = "{output}"
 """Stands in a command for the folder that it writes to."""
 
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+HOLDS, FAILS, UNDECIDED, UNTESTED = "holds", "does not hold", "undecided", "not testable"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,11 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """ "holds" if the whole interval is above 0, "does not hold" if it is below, else "undecided"."""
+        """ "holds" if the whole interval is above 0, "does not hold" if it is below, else "undecided";
+        "not testable" if a model lacks what the claim is about.
+        """
+        if self.difference is None:
+            return UNTESTED
         if self.low is None or self.high is None:
             return UNDECIDED
         return HOLDS if self.low > 0 else FAILS if self.high < 0 else UNDECIDED

@@ -79,7 +79,7 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.Mon
     numbers, times = aim_measured.FULL.numbers, (("icl", 2.0), ("aim", 1.0))
     costs: dict[str, Any] = {
         "seconds": {method: {str(n): [each * n] * 4 + [each * n * 1.01] for n in numbers} for method, each in times},
-        "tokens": {"aim": {str(n): 50.0 + 6 * n for n in numbers}},
+        "tokens": {m: {str(n): 50.0 + c * n for n in numbers} for m, c in (("icl", 30), ("aim", 6))},
         "text_tokens": 5.0,
         "passes": [8, 0, 0],
     }
@@ -113,7 +113,7 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.Mon
     cells = {n: exchanged(of) for n, of in found.cells.items()}
     swapped = aim_measured.Measured(unsaid, found.without, cells, exchanged(found.others), [costs] * 3)
     failed = [row.claim for row in aim.rows_of(Study(tmp_path), "tiny", swapped) if row.verdict == "does not hold"]
-    assert len(failed) == 11  # all but "more demonstrations", time and the bank
+    assert len(failed) == 11  # all but "more demonstrations", tokens, time and the bank
 
 
 @pytest.fixture(scope="module")

@@ -66,5 +66,5 @@ def test_checkpoints_are_small_and_their_cards_say_what_they_do(name: str) -> No
     assert sum(file.stat().st_size for file in directory.iterdir()) <= 12 * 10**6
     card = (directory / "README.md").read_text()
     assert f'lmm = sav_jax.load("{name}")' in card
-    assert len(re.findall(r"^\| [a-z][^|]*\([^|]*\) \| \d\.\d{3} \| \d\.\d{3} \|$", card, flags=re.M)) > 60
-    assert "step" in card.partition("To train it again")[2].partition("## What it can do")[0], "where training stopped"
+    assert len(re.findall(r"^\| [a-z][^|]*\([^|]*\) \| \d\.\d{3} \| \d\.\d{3} \| \d+ \|$", card, flags=re.M)) > 60
+    assert re.search(r"--preset \S+ --steps-scale 0.55 --stop-step \d+ --run-dir", card), "this training, step by step"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints_qwen1 as qwen1
 import numpy as np
 import pytest
 import torch
@@ -15,8 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import sav_jax
 from sav_jax import adapters
+from sav_jax.errors import UserError
 from sav_jax.models import lora
 from sav_jax.models.lora import Target
+from sav_jax.models.registry import architecture
 
 # PEFT asks transformers by a name that is going away.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -84,6 +87,25 @@ def test_pefts_adapter_gives_pefts_model(family: tuple[Reference, str], tmp_path
         compare(reference, model.get_base_model(), sav_jax.load(reference.directory, adapter=tmp_path))
     finally:
         model.unload()
+
+
+def test_a_matrix_that_is_no_linear_layer_is_refused(tmp_path: Path) -> None:
+    """The first Qwen-VL's ``visual.proj`` is a parameter of its own: PEFT has no name for updates of it."""
+    arch = architecture(qwen1.CONFIGS["released"])
+    targets = [Target("visual/proj", rank=2)]
+    weights = lora.init(arch.module, targets, 0)
+    with pytest.raises(UserError, match="cannot hold updates of visual/proj: it is not a linear layer"):
+        adapters.save(tmp_path / "adapter", arch, targets, weights)
+    assert not (tmp_path / "adapter").exists()
+    targets = [Target("visual/layers/qkv", rank=2)]
+    weights = {path: value + np.float32(1) for path, value in lora.init(arch.module, targets, 0).items()}
+    weights = {
+        path: value * np.arange(value.size, dtype=np.float32).reshape(value.shape) for path, value in weights.items()
+    }
+    adapters.save(tmp_path / "adapter", arch, targets, weights)
+    _, found = adapters.load(tmp_path / "adapter", arch)
+    for path, value in weights.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
 
 
 def test_our_adapter_gives_our_model_in_peft(family: tuple[Reference, str], tmp_path: Path) -> None:

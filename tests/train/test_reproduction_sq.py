@@ -71,7 +71,7 @@ def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.Mon
     assert verdicts == ["holds", "does not hold", "holds"]
     without = {arm: of for arm, of in cells(0.2).items() if arm is None or not arm.prototypes}
     rows = sq.rows_of(study, "tiny-qwen", without)
-    assert [row.verdict for row in rows] == ["holds", "does not hold", "undecided"]
+    assert [row.verdict for row in rows] == ["holds", "does not hold", "not testable"]
     assert "no place" in rows[2].note
     monkeypatch.setattr(sq, "cells", lambda *_: cells(0.2))
     (table,) = sq.tables(Study(tmp_path, models=("tiny",)))
