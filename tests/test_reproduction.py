@@ -261,7 +261,7 @@ def test_a_calibration_interval_is_about_its_estimate() -> None:
     assert found.queries == 400
     assert found.low > 0, "10 points worse on average"
     other = beyond.calibration_difference({"task": of_task}, ["task"], "bad", "good")
-    np.testing.assert_allclose([other.mean, other.low, other.high], [-found.mean, -found.high, -found.low], rtol=1e-9)
+    np.testing.assert_allclose([other.mean, other.low, other.high], [-found.mean, -found.high, -found.low], rtol=1e-12)
 
 
 def test_agreement_of_chosen_heads() -> None:

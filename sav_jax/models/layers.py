@@ -65,7 +65,7 @@ class Sides:
 class Projection(nn.Module):
     """``einsum(equation, x, kernel) + bias``: every weight matrix of every tower.
 
-    A kernel lies as checkpoints store it, outputs first: loading is reading. Products run as fast either way.
+    Kernels of models lie as checkpoints store them, mostly outputs first: loading is reading.
 
     Where the variable collection ``lora`` holds ``a`` ``[*inputs, rank]`` and ``b`` ``[rank, *outputs]`` at this
     module's path, ``(x a) b`` is added (LoRA, arXiv 2106.09685); ``b`` carries the scale. If it also holds a
