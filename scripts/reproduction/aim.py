@@ -170,8 +170,8 @@ def cost_rows(found: Measured, row: Callable[..., Finding], every: Sequence[str]
             f"tokens that a demonstration adds to a prompt, of up to {most}; {SEPARATORS} added",
             of_seeds((text + SEPARATORS - adds["aim"]).tolist()),
             {"icl": adds["icl"].mean(), "aim": adds["aim"].mean(), "its text": text.mean()},
-            "of the difference one unit is a token; what is added separates demonstrations, and was set when figures were "
-            "known: the row describes and does not test",
+            "of the difference one unit is a token; what is added separates demonstrations, and was set when figures "
+            "were known: the row describes and does not test",
         ),
         row(
             "Fused tokens make queries faster than demonstrations in the prompt",
