@@ -9,8 +9,9 @@ times in turn, each time after the files have left the page cache and each in a 
 from start to end by as many threads as the loader has, and thrown away; the same, but kept; and `sav_jax.load`; the
 last two once more at the end with memory that is new to the process. A system must find and clear such memory, which
 on a virtual machine, that fetches it from its host, can take longer than the disk does; the other runs have had theirs
-from the start. Peak memory is anonymous memory (what is mapped from files can be taken back at any time) of the last
-run, beyond the parameters themselves where these live on the host.
+from the start. (Pages of files are memory, too: all three sides have them given back at once where the loader does,
+when there is no room for files and parameters.) Peak memory is anonymous memory (what is mapped from files can be taken
+back at any time) of the last run, beyond the parameters themselves where these live on the host.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ import numpy as np
 import tyro
 
 from sav_jax.models import reading_weights
+from sav_jax.models.reading_weights import fits_twice, forget_pages
 
 GIB = 2**30
+SETTLING = 15  # seconds in which a virtual machine has given memory back that the run before has left
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc returns nothing to the system
 
 
@@ -79,7 +82,7 @@ def forget(files: list[Path]) -> None:
     for file in files:
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            forget_pages(stream.fileno(), 0, 0)
 
 
 class Processors:
@@ -99,7 +102,10 @@ def touch(size: int) -> None:
 
 
 def read_through(files: list[Path], keep: bool, touched: bool) -> dict[str, float]:
-    """In this process: seconds to read all bytes, each into its own place or all into the same."""
+    """In this process: seconds to read all bytes, each into its own place or all into the same.
+
+    As the loader does, it has the system give pages back at once where there is no room for them.
+    """
     piece = 32 << 20
     sizes = [file.stat().st_size for file in files]
     starts = np.cumsum([0, *sizes])
@@ -109,7 +115,10 @@ def read_through(files: list[Path], keep: bool, touched: bool) -> dict[str, floa
         for at in range(0, size, piece)
     ]
     whole = np.empty(int(starts[-1]) if keep else 0, np.uint8)
+    if touched:
+        whole[:] = 1
     own = threading.local()
+    forget = not fits_twice(int(starts[-1]), int(starts[-1]))
 
     def read(part: tuple[Path, int, int]) -> None:
         file, at, start = part
@@ -122,9 +131,9 @@ def read_through(files: list[Path], keep: bool, touched: bool) -> dict[str, floa
         with file.open("rb", buffering=0) as stream:
             stream.seek(at)
             stream.readinto(room.data)
+            if forget:
+                forget_pages(stream.fileno(), at, piece)
 
-    if touched:
-        touch(int(starts[-1]))
     used, begin = Processors(), time.perf_counter()
     with ThreadPoolExecutor(reading_weights.THREADS) as pool:
         list(pool.map(read, parts))
@@ -135,12 +144,6 @@ def anonymous() -> int:
     """Bytes of this process's anonymous memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
-def available() -> int:
-    """Bytes of memory that the machine could give."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
 def load(directory: Path, mesh: str | None, touched: bool) -> dict[str, float]:
@@ -186,15 +189,15 @@ def main(arguments: Arguments) -> None:
 
     def measure(what: str, fresh: bool) -> dict[str, float]:
         forget(files)
+        time.sleep(0 if arguments.small else SETTLING)
         words = [sys.executable, __file__, "--one", what, str(directory), arguments.mesh or "", str(fresh)]
         environment = os.environ | ({} if fresh else KEEPING)
         ran = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True, env=environment)
         return json.loads(ran.stdout.splitlines()[-1])
 
-    # What is read is held beside the memory that was had from the start, at worst.
-    room = available() > 2.2 * sum(sizes)
+    room = fits_twice(sum(sizes), GIB)
     if not room:
-        print("all runs are in memory new to them: there is not enough for twice the checkpoint")
+        print("all runs are in memory new to them: there is not enough for the checkpoint and 1 GiB")
     for _ in range(arguments.runs):
         for what, done in found.items():
             done.append(measure(what, fresh=not room))

@@ -4,7 +4,9 @@ Parameters lie as their files do (``layers.Projection``), so that most pieces of
 What is cast, sliced across its rows, or wanted by several devices goes into a buffer first, as it lies in the file, and
 from there to its places: reading through a memory map would wait for the disk at every row. What the devices of a
 process want of a tensor is read once for all of them. Of a slice across its rows, what lies between is read, too,
-unless it is more than three times the slice.
+unless it is more than three times the slice. The system keeps pages of files that it has read, for whoever reads them
+next; where they would not fit in memory beside the parameters, they are given back at once, as making room for them
+later takes longer than the disk does.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from sav_jax.models.aligned import aligned_empty
 _PIECE_BYTES = 32 * 2**20
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # while one waits for the disk, another moves numbers
 _MOSTLY_UNWANTED = 4  # a piece with more than so many bytes of the file for each one wanted
+_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class StoredTensor:
         try:
             return np.memmap(self.file, self.dtype, "r", self.offset, self.shape) if self.shape else self._scalar()
         except ValueError:
-            raise UserError(f"{self.file}: truncated while it was read: {self.key} is cut short") from None
+            raise _cut_short(self) from None
 
     def _scalar(self) -> np.ndarray:
         return np.fromfile(self.file, self.dtype, 1, offset=self.offset).reshape(())
@@ -82,9 +85,14 @@ class _Piece:
 
 
 class Reader:
-    """Threads that read, and their buffers; a context."""
+    """Threads that read, and their buffers; a context.
 
-    def __init__(self) -> None:
+    Args:
+        forget: whether the system gives back pages of files once they are read.
+    """
+
+    def __init__(self, forget: bool = False) -> None:
+        self._forget = forget
         self._threads = ThreadPoolExecutor(THREADS)
         self._own = threading.local()
 
@@ -121,12 +129,12 @@ class Reader:
         wanted, target = piece.takes[0]
         straight = wanted.dtype == target.dtype and wanted.flags.c_contiguous and target.flags.c_contiguous
         if straight and len(piece.takes) == 1:
-            _fill(piece.tensor, offset, target.reshape(-1).view(np.uint8))
+            _fill(piece.tensor, offset, target.reshape(-1).view(np.uint8), self._forget)
             return
         room: np.ndarray = getattr(self._own, "room", aligned_empty((0,), np.uint8))
         if room.size < size:
             room = self._own.room = aligned_empty((size,), np.uint8)
-        _fill(piece.tensor, offset, room[:size])
+        _fill(piece.tensor, offset, room[:size], self._forget)
         for wanted, target in piece.takes:
             lies = wanted.ctypes.data - start
             copy(np.ndarray(wanted.shape, wanted.dtype, room.data, lies, wanted.strides), target)
@@ -142,9 +150,10 @@ def _pieces(part: Part) -> Iterator[_Piece]:
         return
     slowest = max(range(view.ndim), key=lambda axis: (view.shape[axis] > 1, view.strides[axis]))
     rows = max(1, _PIECE_BYTES // max(1, view.strides[slowest]))
-    edges = sorted({edge for at, _ in part.takes for edge in (at[slowest].start, at[slowest].stop)})
+    wanted = [(at, to) for at, to in part.takes if to.size]
+    edges = sorted({edge for at, _ in wanted for edge in (at[slowest].start, at[slowest].stop)})
     for first, last in itertools.pairwise(edges):
-        takes = [(at, to) for at, to in part.takes if at[slowest].start <= first and last <= at[slowest].stop]
+        takes = [(at, to) for at, to in wanted if at[slowest].start <= first and last <= at[slowest].stop]
         if not takes:  # nobody wants what lies between two takes
             continue
         for start in range(first, last, rows):
@@ -169,15 +178,70 @@ def _extent(views: Sequence[np.ndarray]) -> tuple[int, int]:
     return min(starts, default=0), max(ends, default=0) - min(starts, default=0)
 
 
-def _fill(tensor: StoredTensor, offset: int, room: np.ndarray) -> None:
+def _fill(tensor: StoredTensor, offset: int, room: np.ndarray, forget: bool) -> None:
     with tensor.file.open("rb", buffering=0) as stream:
         stream.seek(offset)
         done = 0
         while done < room.size:
             count = stream.readinto(room[done:].data)
             if not count:
-                raise UserError(f"{tensor.file}: truncated while it was read: {tensor.key} is cut short")
+                raise _cut_short(tensor)
             done += count
+        if forget:
+            forget_pages(stream.fileno(), offset, room.size)
+
+
+def samples(places: Sequence[tuple[StoredTensor, int, int]]) -> list[bytes]:
+    """Few bytes here and there, by several threads and without what a system reads ahead.
+
+    Args:
+        places: of each: a tensor, the first of its bytes, and how many.
+
+    Raises:
+        UserError: a file ends before its tensor does.
+    """
+
+    def read(place: tuple[StoredTensor, int, int]) -> bytes:
+        tensor, start, count = place
+        with tensor.file.open("rb", buffering=0) as stream:
+            _advise(stream.fileno(), 0, 0, "POSIX_FADV_RANDOM")
+            stream.seek(tensor.offset + start)
+            found = stream.read(count)
+        if len(found) < count:
+            raise _cut_short(tensor)
+        return found
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(read, places))
+
+
+def fits_twice(stored: int, held: int) -> bool:
+    """Whether the machine's free memory has room for the pages of files beside what is made of them.
+
+    Args:
+        stored: bytes of the files.
+        held: bytes of host memory that the parameters will take.
+    """
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:  # not Linux: the system's own ways are best
+        return True
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return not free or stored + held < free[0]
+
+
+def forget_pages(file: int, start: int, count: int) -> None:
+    """Let the system take back the pages of a part of an open file (its descriptor)."""
+    _advise(file, start, count, "POSIX_FADV_DONTNEED")
+
+
+def _advise(file: int, start: int, count: int, advice: str) -> None:
+    if hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(file, start, count, getattr(os, advice))
+
+
+def _cut_short(tensor: StoredTensor) -> UserError:
+    return UserError(f"{tensor.file}: truncated while it was read: {tensor.key} is cut short")
 
 
 def copy(source: np.ndarray, target: np.ndarray) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     st.sampled_from(["float32", "bfloat16"]),
     st.sampled_from(["float32", "bfloat16"]),
     st.sampled_from([1, 50, 2**20]),
+    st.booleans(),
 )
 def test_any_part_in_pieces_of_any_size(
-    folder: Path, shape: list[int], random: Any, dtype: str, wanted: str, piece: int
+    folder: Path, shape: list[int], random: Any, dtype: str, wanted: str, piece: int, forget: bool
 ) -> None:
     numbers = (np.arange(np.prod(shape, dtype=int)).reshape(shape) / 7).astype(jnp.dtype(dtype))
     tensor = stored(folder / "w", numbers)
@@ -59,7 +61,7 @@ def test_any_part_in_pieces_of_any_size(
     for _ in range(random.randint(1, 3)):
         at = tuple(slice(start := random.randrange(n), random.randint(start, n)) for n in view.shape)
         takes.append((at, np.zeros(view[at].shape, jnp.dtype(wanted))))
-    with pytest.MonkeyPatch.context() as patch, Reader() as reader:
+    with pytest.MonkeyPatch.context() as patch, Reader(forget) as reader:
         patch.setattr(reading_weights, "_PIECE_BYTES", piece)
         reader.read([Part(tensor, mapped, view, tuple(takes))])
     for at, target in takes:
@@ -72,9 +74,9 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     seen: list[tuple[str, int, int]] = []
     fill = reading_weights._fill
 
-    def counted(tensor: StoredTensor, offset: int, room: np.ndarray) -> None:
+    def counted(tensor: StoredTensor, offset: int, room: np.ndarray, forget: bool) -> None:
         seen.append((tensor.key, offset, room.size))
-        fill(tensor, offset, room)
+        fill(tensor, offset, room, forget)
 
     monkeypatch.setattr(reading_weights, "_fill", counted)
     return seen
@@ -119,6 +121,57 @@ def test_what_devices_want_is_read_once(
     # Pixels of a patch are three axes in the file and one in the parameter: turned before it is sliced.
     turned = {"vision_tower.embeddings.patch_embedding.weight"}
     assert read.keys() == {tensor.key for tensor in read_headers(reference.directory)} - turned
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_pages_are_given_back_where_they_would_not_fit(
+    reference: Reference,
+    lmm: sav_jax.LMM,
+    spans: list[tuple[str, int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    share: float,
+) -> None:
+    """In memory with a little less or more room than for the files and the parameters."""
+    files = sum(file.stat().st_size for file in reference.directory.glob("*.safetensors"))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(lmm.params))
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal: 99999999 kB\nMemAvailable: {share * (files + held) / 1024:.0f} kB\n")
+    monkeypatch.setattr(reading_weights, "_MEMINFO", meminfo)
+    back = []
+    advise = os.posix_fadvise
+
+    def counted(file: int, start: int, count: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            back.append((start, count))
+        advise(file, start, count, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", counted)
+    loaded = sav_jax.load(reference.directory)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, lmm.params)
+    assert sorted(back) == (sorted((start, count) for _, start, count in spans) if share < 1 else [])
+
+
+def test_without_knowing_the_memory_pages_are_left_to_the_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reading_weights, "_MEMINFO", tmp_path / "none")
+    assert reading_weights.fits_twice(2**60, 2**60)
+    (tmp_path / "none").write_text("MemTotal: 5 kB\n")
+    assert reading_weights.fits_twice(2**60, 2**60)
+
+
+def test_samples(folder: Path) -> None:
+    """Bytes of a tensor, in the order asked for; a file that has become shorter is said."""
+    numbers = np.arange(64, dtype=np.float32)
+    tensor = stored(folder / "samples", numbers)
+    places = [(tensor, 4 * first, 4 * count) for first, count in ((60, 4), (0, 1), (3, 40), (5, 0))]
+    expected = [numbers[first : first + count].tobytes() for first, count in ((60, 4), (0, 1), (3, 40), (5, 0))]
+    assert reading_weights.samples(places) == expected
+    with tensor.file.open("r+b") as stream:
+        stream.truncate(HEADER + 250)
+    with pytest.raises(UserError, match="samples: truncated while it was read: w "):
+        reading_weights.samples(places)
 
 
 def test_parameters_lie_as_their_files_do(reference: Reference) -> None:

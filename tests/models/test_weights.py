@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import sav_jax
+from sav_jax import lmm as lmm_module
 from sav_jax.models import reading_weights
 from sav_jax.models.registry import read_config
 from sav_jax.models.weights import CheckpointError, read_headers, save_checkpoint
@@ -295,6 +297,26 @@ def test_no_such_model(name: str) -> None:
 def test_bad_options(reference: Reference, options: dict[str, Any]) -> None:
     with pytest.raises(sav_jax.UserError):
         sav_jax.load(reference.directory, **options)
+
+
+def test_of_many_weights_samples_of_every_tensor_are_in_the_fingerprint(
+    reference: Reference, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A classifier outlives versions of this library: of 4 KiB at each quarter of a tensor, in the order of keys."""
+    monkeypatch.setattr(lmm_module, "_WHOLE_FILE_BYTES", 0)
+    expected = hashlib.sha256()
+    for tensor in sorted(read_headers(copy), key=lambda t: t.key):
+        numbers = np.array(tensor.read()).reshape(-1)
+        expected.update(f"{tensor.key} {tensor.dtype} {tensor.shape}".encode())
+        for start in range(0, numbers.size, max(1, numbers.size // 4)):
+            expected.update(numbers[start:].tobytes()[:4096])
+    assert lmm_module.weights_digest(copy) == expected.hexdigest() == lmm_module.weights_digest(reference.directory)
+    with tensor.file.open("r+b") as stream:
+        stream.seek(tensor.offset)
+        byte = stream.read(1)
+        stream.seek(tensor.offset)
+        stream.write(bytes([byte[0] ^ 1]))
+    assert lmm_module.weights_digest(copy) != expected.hexdigest()
 
 
 def test_fingerprint_knows_weights_from_weights(reference: Reference, copy: Path) -> None:
