@@ -33,7 +33,7 @@ import numpy as np
 import tyro
 
 from sav_jax.models import reading_weights
-from sav_jax.models.reading_weights import fits_twice, forget_pages
+from sav_jax.models.reading_weights import pages_fit, forget_pages
 
 GIB = 2**30
 SETTLING = 15  # seconds in which a virtual machine has given memory back that the run before has left
@@ -118,7 +118,7 @@ def read_through(files: list[Path], keep: bool, touched: bool) -> dict[str, floa
     if touched:
         whole[:] = 1
     own = threading.local()
-    forget = not fits_twice(int(starts[-1]), int(starts[-1]))
+    forget = not pages_fit(int(starts[-1]), int(starts[-1]))
 
     def read(part: tuple[Path, int, int]) -> None:
         file, at, start = part
@@ -195,7 +195,7 @@ def main(arguments: Arguments) -> None:
         ran = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True, env=environment)
         return json.loads(ran.stdout.splitlines()[-1])
 
-    room = fits_twice(sum(sizes), GIB)
+    room = pages_fit(sum(sizes), GIB)
     if not room:
         print("all runs are in memory new to them: there is not enough for the checkpoint and 1 GiB")
     for _ in range(arguments.runs):

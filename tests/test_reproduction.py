@@ -184,6 +184,20 @@ def test_the_page_shows_every_claim(quiet: Any, monkeypatch: pytest.MonkeyPatch)
     assert "Not measured yet: `bash scripts/reproduce.sh --parts aim`." in text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (5.0, 15.0, "+10.0 [5.0, 15.0]"),
+        (0.04, 0.96, "+10.0 [0.04, 1.0]"),
+        (-0.004, 0.049, "+10.0 [-0.004, 0.05]"),
+        (0.0, 1.0, "+10.0 [0.0, 1.0]"),
+        (None, None, "+10.0"),
+    ],
+)
+def test_an_end_beside_0_is_told_from_0(low: float | None, high: float | None, told: str) -> None:
+    assert page.shown(make_finding(low=low, high=high)) == told
+
+
 def test_the_readme_s_table_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "module", lambda _: None)
     readme = f"before\n{page.START}\nformer\n{page.END}\nafter\n"

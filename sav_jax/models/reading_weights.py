@@ -215,7 +215,7 @@ def samples(places: Sequence[tuple[StoredTensor, int, int]]) -> list[bytes]:
         return list(pool.map(read, places))
 
 
-def fits_twice(stored: int, held: int) -> bool:
+def pages_fit(stored: int, held: int) -> bool:
     """Whether the machine's free memory has room for the pages of files beside what is made of them.
 
     Args:

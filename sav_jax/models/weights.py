@@ -25,7 +25,7 @@ from flax import traverse_util
 
 from sav_jax.errors import UserError
 from sav_jax.models.aligned import aligned_empty
-from sav_jax.models.reading_weights import Part, Reader, StoredTensor, fits_twice
+from sav_jax.models.reading_weights import Part, Reader, StoredTensor, pages_fit
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -243,7 +243,7 @@ def load_params(
     stored = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
     # An accelerator's parameters pass through host memory and leave it.
     held = sum(leaf.size for leaf in wanted.values()) * np.dtype(dtype).itemsize
-    with Reader(forget=not fits_twice(stored, held if jax.default_backend() == "cpu" else 0)) as reader:
+    with Reader(forget=not pages_fit(stored, held if jax.default_backend() == "cpu" else 0)) as reader:
         for entry in table.entries:
             if entry.copy:
                 _check_copy(entry, table, tensors)

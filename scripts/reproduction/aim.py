@@ -39,7 +39,8 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
     size, seeds = size_of(study), len(trainings(study))
     middle, least, most = size.middle, min(size.numbers), max(size.numbers)
     drawn, digits = found.unsaid.values()
-    trained = f"{seeds} projections of {size.steps} steps each, with loss still falling; demonstrations of their own"
+    length = f"{size.steps} steps each" + (", loss still falling" if study.quick else ", as the preset has")
+    trained = f"{seeds} projections of {length}; demonstrations of their own"
     images = "it saw prompts of two images in training" if model == "tiny" else "it saw one image a prompt in training"
 
     def row(
@@ -238,7 +239,8 @@ def tables(study: Study) -> list[Table]:
             f"AIM by task, {size.middle} demonstrations",
             ("model", "task", "zero-shot", "icl", "aim"),
             tuple(by_task),
-            "Accuracy in %; of captions CIDEr-D times 100.",
+            "Accuracy in %; of captions CIDEr-D times 100. Tasks that the tables of Sparse Attention Vectors have, too, "
+            f"are asked {size.others} queries of each seed here, after other demonstrations.",
         ),
     ]
 

@@ -72,7 +72,7 @@ class Size:
       unsaid: tasks of each group, the first of them.
     """
 
-    steps: int = 150
+    steps: int = 900
     shots: tuple[int, ...] = (1, 2, 4)
     numbers: tuple[int, ...] = (1, 2, 4, 8)
     middle: int = 4

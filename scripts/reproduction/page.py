@@ -131,11 +131,17 @@ def _strong(verdict: str) -> str:
 
 
 def shown(finding: Finding) -> str:
-    """The difference with its interval: "+3.4 [1.2, 5.6]"."""
+    """The difference with its interval: "+3.4 [1.2, 5.6]"; an end that is not 0 is not shown as 0."""
     if finding.difference is None:
         return ""
-    ends = "" if finding.low is None or finding.high is None else f" [{finding.low:.1f}, {finding.high:.1f}]"
+    low, high = finding.low, finding.high
+    ends = "" if low is None or high is None else f" [{_not_zero(low)}, {_not_zero(high)}]"
     return f"{finding.difference:+.1f}{ends}"
+
+
+def _not_zero(value: float) -> str:
+    """With as many digits after the point as it takes, one to three."""
+    return next((text for digits in (1, 2, 3) if float(text := f"{value:.{digits}f}")), "0.0")
 
 
 def _section(study: Study, part: str, of: Sequence[Finding]) -> str:

@@ -368,7 +368,8 @@ def _by_task(study: Study, model: str) -> Table:
         for name, of in methods.items()
     ]
     note = (
-        f"{SHOTS} shots, {len(study.seeds)} seeds; `icl` on fewer queries. `all heads`, `random heads` and `tower`: "
+        f"{SHOTS} shots, {len(study.seeds)} seeds, {study.limit} queries of each at most (the [README](../README.md) "
+        "asks all of the digits); `icl` on fewer. `all heads`, `random heads` and `tower`: "
         "above; the others are methods of `sav-jax eval` ([methods.md](methods.md), "
         "[methods-models.md](methods-models.md)): `likeliest` is `zero-shot-likelihood`, layers are `centroid-...`."
     )

@@ -156,9 +156,9 @@ def test_without_knowing_the_memory_pages_are_left_to_the_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(reading_weights, "_MEMINFO", tmp_path / "none")
-    assert reading_weights.fits_twice(2**60, 2**60)
+    assert reading_weights.pages_fit(2**60, 2**60)
     (tmp_path / "none").write_text("MemTotal: 5 kB\n")
-    assert reading_weights.fits_twice(2**60, 2**60)
+    assert reading_weights.pages_fit(2**60, 2**60)
 
 
 def test_samples(folder: Path) -> None:
