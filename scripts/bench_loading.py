@@ -33,7 +33,7 @@ import numpy as np
 import tyro
 
 from sav_jax.models import reading_weights
-from sav_jax.models.reading_weights import pages_fit, forget_pages
+from sav_jax.models.reading_weights import forget_pages, pages_fit
 
 GIB = 2**30
 SETTLING = 15  # seconds in which a virtual machine has given memory back that the run before has left

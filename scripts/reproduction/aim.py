@@ -239,7 +239,7 @@ def tables(study: Study) -> list[Table]:
             f"AIM by task, {size.middle} demonstrations",
             ("model", "task", "zero-shot", "icl", "aim"),
             tuple(by_task),
-            "Accuracy in %; of captions CIDEr-D times 100. Tasks that the tables of Sparse Attention Vectors have, too, "
+            "Accuracy in %; of captions CIDEr-D times 100. Tasks that stand in the tables of Sparse Attention Vectors "
             f"are asked {size.others} queries of each seed here, after other demonstrations.",
         ),
     ]
