@@ -3,10 +3,11 @@
 Parameters lie as their files do (``layers.Projection``), so that most pieces of a file are read to where they stay.
 What is cast, sliced across its rows, or wanted by several devices goes into a buffer first, as it lies in the file, and
 from there to its places: reading through a memory map would wait for the disk at every row. What the devices of a
-process want of a tensor is read once for all of them. Of a slice across its rows, what lies between is read, too,
-unless it is more than three times the slice. The system keeps pages of files that it has read, for whoever reads them
-next; where they would not fit in memory beside the parameters, they are given back at once, as making room for them
-later takes longer than the disk does.
+process want of a tensor is read once for all of them. Of a slice across its rows, what lies between is read, too: rows
+have some ten thousand bytes, and a system that is asked for a part of each reads ahead over the rest.
+
+The system keeps pages of files that it has read, for whoever reads them next. Where they would not fit in memory beside
+the parameters, they are given back at once, as making room for them later takes longer than the disk does.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from sav_jax.models.aligned import aligned_empty
 
 _PIECE_BYTES = 32 * 2**20
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # while one waits for the disk, another moves numbers
-_MOSTLY_UNWANTED = 4  # a piece with more than so many bytes of the file for each one wanted
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -120,10 +120,9 @@ class Reader:
         start, size = _extent([wanted for wanted, _ in piece.takes])
         if not size:
             return
-        shared = np.may_share_memory(piece.mapped, piece.takes[0][0])
-        if not shared or size > _MOSTLY_UNWANTED * sum(wanted.nbytes for wanted, _ in piece.takes):
+        if not np.may_share_memory(piece.mapped, piece.takes[0][0]):
             for wanted, target in piece.takes:
-                copy(wanted, target)  # through the memory map
+                copy(wanted, target)  # what the view has copied through the memory map
             return
         offset = piece.tensor.offset + start - piece.mapped.ctypes.data
         wanted, target = piece.takes[0]
