@@ -136,7 +136,7 @@ def shown(finding: Finding) -> str:
         return ""
     low, high = finding.low, finding.high
     ends = "" if low is None or high is None else f" [{_not_zero(low)}, {_not_zero(high)}]"
-    return f"{finding.difference:+.1f}{ends}"
+    return f"{round(finding.difference, 1) + 0.0:+.1f}{ends}"  # never -0.0
 
 
 def _not_zero(value: float) -> str:
@@ -210,7 +210,8 @@ def _colophon(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
         told = ", ".join(f"`{folder}` on `{model}` {minutes:.0f} min" for (folder, model), minutes in times.items())
         lines += [
             f"All that is kept took {study.hours():.1f} hours, one after the other, by folders: {told}. What lies in "
-            f"{SHARED} serves the first two parts.",
+            f"{SHARED} serves the first two parts. What was stopped, and projections of `aim` trained before their "
+            "tasks, took their time besides.",
             "",
         ]
     commands = study.commands()
