@@ -89,7 +89,7 @@ def _fit(options: cli.Fit) -> None:
     if options.shots_per_class is not None:
         chosen = choose_shots(labels, options.shots_per_class, options.seed)
         examples, labels = [examples[i] for i in chosen], [labels[i] for i in chosen]
-    lmm = _load(options.model, options.running.dtype, mesh=options.devices.mesh)
+    lmm = _load(options.model, options.running.dtype, mesh=options.devices.mesh, lm_head=False)
     _check_heads(lmm, options.num_heads, options.max_layer)
     heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
     classifier = SparseAttentionVectors.fit(
@@ -126,7 +126,7 @@ def _predict(options: cli.Predict) -> None:
     name, dtype = options.model or made_with["name"], options.running.dtype or made_with["dtype"]
     try:
         # Layers above the deepest selected head are not even loaded.
-        lmm = _load(name, dtype, classifier.num_layers, options.devices.mesh)
+        lmm = _load(name, dtype, classifier.num_layers, options.devices.mesh, lm_head=False)
     except UserError as error:
         hint = "" if options.model else "; say where that model is with --model"
         raise UserError(f"{name}: {error}; {wanted}{hint}") from None
@@ -162,7 +162,7 @@ def _predict(options: cli.Predict) -> None:
 def _extract(options: cli.Extract) -> None:
     by_the_first(lambda: check_head_array_path(options.output))
     examples = read_examples(options.data, options.question, frames=options.running.frames or DEFAULT_FRAMES)
-    lmm = _load(options.model, options.running.dtype, options.num_layers, options.devices.mesh)
+    lmm = _load(options.model, options.running.dtype, options.num_layers, options.devices.mesh, lm_head=False)
     heads = extract_heads(lmm, examples, options.running.batch_size, _cache(options.running))
     rows = [{"id": example.id, "label": example.label} for example in examples]
     by_the_first(lambda: write_head_array(options.output, heads, rows, {"model": _model_facts(lmm)}))
@@ -380,14 +380,16 @@ def _report(options: cli.Report) -> None:
 # What the commands share
 
 
-def _load(model: str, dtype: str | None, num_layers: int | None = None, mesh: str | None = None) -> LMM:
+def _load(
+    model: str, dtype: str | None, num_layers: int | None = None, mesh: str | None = None, lm_head: bool = True
+) -> LMM:
     """Load a model onto all devices, laid out as ``mesh`` says, or as usual."""
     placed = (
         mesh_of(jax.devices(), usual_mesh(model, dtype) if mesh is None else mesh)
         if mesh is not None or jax.device_count() > 1
         else None
     )
-    return load(model, dtype=dtype, mesh=placed, num_layers=num_layers)
+    return load(model, dtype=dtype, mesh=placed, num_layers=num_layers, lm_head=lm_head)
 
 
 def _choose(what: str, names: str, available: Mapping[str, T]) -> list[T]:

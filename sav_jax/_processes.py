@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import io
 import itertools
+import json
 import os
 import signal
 import sys
@@ -40,6 +41,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         return
     _keep_stdout()
     _speak_when_aborted()
+    # Its handler of SIGTERM notes the signal for programs that ask for it, and ends nothing.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:  # nothing was found, or nobody answered
@@ -102,6 +105,23 @@ def share(number: int) -> slice:
     """Which of so many pieces of work, that any process could do, this one does."""
     this, of = jax.process_index(), jax.process_count()
     return slice(this * number // of, (this + 1) * number // of)
+
+
+def shared_out(number: int, work: Callable[[int], list[str]]) -> list[list[str]]:
+    """``[work(0), ..., work(number - 1)]``, of which each process does its share."""
+    this = share(number)
+    own = [work(i) for i in range(this.start, this.stop)]
+    if jax.process_count() == 1:
+        return own
+    from jax.experimental import multihost_utils
+
+    told = np.frombuffer(json.dumps(own).encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.array(told.size, np.int32))).reshape(-1)
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: told.size] = told
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+    parts = [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+    return [found for part in parts for found in part]
 
 
 def wait_for_all(moment: str) -> None:
@@ -181,12 +201,13 @@ def failing_together() -> Iterator[None]:
     watcher.start()
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         over.set()
-        said = " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+        interrupted = isinstance(error, KeyboardInterrupt)
+        said = "interrupted" if interrupted else " ".join(str(error).split())[:_LONGEST] or type(error).__name__
         client.key_value_set(f"{run}/failed", f"process {jax.process_index()}: {said}", allow_overwrite=True)
         lost = isinstance(error, jax.errors.JaxRuntimeError) and any(word in said for word in _LOST)
-        atexit.register(leave, 2 if lost or isinstance(error, UserError) else 1)
+        atexit.register(leave, 130 if interrupted else 2 if lost or isinstance(error, UserError) else 1)
         if lost:
             raise UserError(f"another process has ended, or cannot be reached ({said[:200]}); {_AGAIN}") from error
         raise

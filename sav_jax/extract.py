@@ -23,7 +23,7 @@ import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
-from sav_jax._processes import gathered, known_by_all, share, wait_for_all
+from sav_jax._processes import gathered, known_by_all, share, shared_out, wait_for_all
 from sav_jax._profiling import Stopwatch
 from sav_jax._visual_pool import pool_for
 from sav_jax.batching import BatchPlan, assemble, plan_batches
@@ -91,7 +91,7 @@ def extract_heads(
     if num_layers is not None:
         lmm = lmm.truncated(num_layers)
     prompts = plan_prompts(lmm, examples)
-    media = [media_digests(example) for example in examples]
+    media = digests_of_all(examples)
     keys = [content_key(lmm, *of) for of in zip(prompts, examples, media, strict=True)]
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     rows = sorted(first.values())
@@ -264,6 +264,19 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
 def media_digests(example: Example) -> list[str]:
     """What an example shows: digests of its images, and of its videos with how many of their frames."""
     return [*example.image_digests(), *(f"video {digest} {example.frames}" for digest in example.video_digests())]
+
+
+def digests_of_all(examples: Sequence[Example]) -> list[list[str]]:
+    """Of each, its :func:`media_digests`; files that several show are read once, by one of the processes."""
+
+    def shown(example: Example) -> tuple[Any, ...]:
+        media = (*example.images, *example.videos)
+        return (*(str(of) if isinstance(of, Path) else id(of) for of in media), len(example.images), example.frames)
+
+    first = {shown(example): example for example in reversed(examples)}
+    unique = list(first.values())
+    found = dict(zip(first, shared_out(len(unique), lambda i: media_digests(unique[i])), strict=True))
+    return [found[shown(example)] for example in examples]
 
 
 def content_key(lmm: LMM, prompt: Prompt, example: Example, media: Sequence[str] | None = None) -> str:

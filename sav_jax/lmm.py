@@ -151,6 +151,7 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     num_layers: int | None = None,
     adapter: str | Path | None = None,
+    lm_head: bool = True,
 ) -> LMM:
     """Load an LMM.
 
@@ -165,6 +166,8 @@ def load(
             head.
         adapter: a folder in PEFT's format (``adapter_config.json``, ``adapter_model.safetensors``), whose LoRA matrices
             are merged into the weights.
+        lm_head: False leaves out the matrix that only logits need (where it is not that of the embeddings): features
+            are read without it, answers are not. With an adapter, which may change it, it is always there.
 
     Raises:
         UserError: no such model, a damaged file, or weights that do not fit the config; names the file.
@@ -184,7 +187,8 @@ def load(
     dtype = floating_dtype(dtype)
     abstract = jax.eval_shape(lambda: init_params(arch.module, jax.random.key(0)))
     sharding = None if mesh is None else parameter_sharding(mesh)
-    params = load_params(directory, arch.table, abstract, dtype, sharding)
+    left_out = is_lm_head if not lm_head and adapter is None else None
+    params = load_params(directory, arch.table, abstract, dtype, sharding, left_out)
     processor = load_processor(directory, raw)
     fingerprint = hashlib.sha256(f"{weights_digest(directory)} {_settings_digest(directory, raw)}".encode()).hexdigest()
     name = str(path)
@@ -197,6 +201,11 @@ def load(
     sizes = raw | (raw.get("text_config") or {})
     longest = sizes.get("max_position_embeddings")
     return LMM(name, arch, params, processor, fingerprint, dtype, mesh, raw, stops, longest)
+
+
+def is_lm_head(parameter: str) -> bool:
+    """Whether a parameter, by its path, serves logits alone."""
+    return parameter == "language_model/lm_head/kernel"
 
 
 def usual_mesh(path: str | Path, dtype: Any = None) -> str:

@@ -10,6 +10,7 @@ Axes: B batch, T tokens, R positions read, P rows of pixels of one prompt.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sav_jax._tpu import CHIPS, leave_tpus_alone
 from sav_jax.errors import UserError
-from sav_jax.lmm import BUNDLED, LMM
+from sav_jax.lmm import BUNDLED, LMM, is_lm_head
 from sav_jax.models.attention import compiling_for
 from sav_jax.models.batch import Batch
 from sav_jax.models.multimodal import MultimodalModel, init_params
@@ -64,12 +65,13 @@ class Report:
         mesh: axis -> size.
         fits: the compiler found room for it.
         memory: bytes it has to give away.
-        total: bytes that the program takes: arguments, outputs that are not written over arguments, temporaries and
-            code. If it does not fit: as much as the compiler said.
+        total: bytes that the program takes: arguments, outputs that are not written over arguments, temporaries, code
+            and idle parameters. If it does not fit: as much as the compiler said.
         parameters: bytes of the model's parameters, frozen or not (a part of the arguments); None if it does not fit,
             like all that follows.
         arguments, outputs, temporaries, code: bytes; ``outputs`` are those not written over arguments, ``code`` is the
             program itself.
+        idle: bytes of parameters that are in memory beside the program, which does not read them.
         flops: of matrix products, everything that is computed twice counted twice, shared evenly among the chips.
         collectives: by kind; None where the compiler cannot print its program.
         cycles: what the compiler estimates for all instructions, one after the other, without kernels of our own (the
@@ -89,6 +91,7 @@ class Report:
     outputs: int | None = None
     temporaries: int | None = None
     code: int | None = None
+    idle: int | None = None
     flops: float | None = None
     collectives: tuple[Collective, ...] | None = None
     cycles: int | None = None
@@ -124,8 +127,13 @@ class Report:
         lines = [f"{self.program}", f"{self.topology}: {chips} x {self.device}, mesh {axes}", "each chip:"]
         sizes = {"parameters": self.parameters, "arguments": self.arguments, "outputs": self.outputs}
         sizes |= {"temporaries": self.temporaries, "code": self.code}
-        notes = {"arguments": "with the parameters and the optimiser's state", "outputs": "beyond what they replace"}
-        notes |= {"code": "the program"}
+        notes = {
+            "arguments": "with the parameters that it reads and the optimiser's state",
+            "outputs": "beyond what they replace",
+        }
+        notes |= {"code": "the program", "idle": "parameters that the program does not read"}
+        if self.idle and self.idle > 2**20:
+            sizes["idle"] = self.idle
         for name, size in sizes.items():
             if size is not None:
                 lines.append(f"  {name:<12}{_readable(size)}  {notes.get(name, '')}".rstrip())
@@ -133,6 +141,8 @@ class Report:
         lines.append(f"  {'total':<12}{_readable(self.total)}  of {self.memory / GIB:.2f} GiB: {verdict}")
         if self.flops is not None:
             lines.append(f"  {'products':<12}{self.flops / 1e12:>8.2f} TFLOP")
+        if self.collectives is None and self.fits:
+            lines.append("  collectives and the compiler's estimate: not known, it cannot print this program")
         for one in self.collectives or ():
             lines.append(f"  {one.kind:<20}{one.count:>6} x  {_readable(one.bytes).strip()} in all")
         notes = {
@@ -167,13 +177,14 @@ def topology_devices(topology: str) -> list[Any]:
         raise UserError(f"no topology {topology!r} (such as v5e:4x4, v5p:2x2x2, v6e:8x8): {reason}") from None
 
 
-def abstract_lmm(path: str | Path, mesh: Mesh, dtype: Any = "bfloat16") -> LMM:
+def abstract_lmm(path: str | Path, mesh: Mesh, dtype: Any = "bfloat16", lm_head: bool = True) -> LMM:
     """A model of shapes alone, from its ``config.json``: it has no weights, no processor and no text.
 
     Args:
         path: a file, a folder with a ``config.json``, or a bundled model's name.
         mesh: where it is to live.
         dtype: of its parameters.
+        lm_head: see :func:`sav_jax.load`.
 
     Raises:
         UserError: no such file, or a config that is not understood.
@@ -189,6 +200,7 @@ def abstract_lmm(path: str | Path, mesh: Mesh, dtype: Any = "bfloat16") -> LMM:
     flat = {
         name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=of(name, leaf.shape))
         for name, leaf in traverse_util.flatten_dict(shapes, sep="/").items()
+        if lm_head or not is_lm_head(name)
     }
     params = traverse_util.unflatten_dict(flat, sep="/")
     nothing = cast(Any, None)
@@ -256,6 +268,11 @@ def plan(
     with compiling_for(devices[0].platform), on(mesh):
         traced = function.trace(*arguments)
         lowered = traced.lower()
+    leaves = jax.tree_util.tree_leaves_with_path(list(arguments))
+    jaxpr = traced.jaxpr.jaxpr
+    read = {id(x) for x in itertools.chain(jaxpr.outvars, *(equation.invars for equation in jaxpr.eqns))}
+    # What no operation reads is no argument of the compiled program.
+    idle = sum(_bytes_of(leaf) for (_, leaf), x in zip(leaves, jaxpr.invars, strict=True) if id(x) not in read)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -264,12 +281,12 @@ def plan(
         if found is None:
             raise
         used = int(float(found[1]) * (GIB if found[2] == "G" else 2**20))
-        return Report(**common, fits=False, memory=int(float(found[3]) * GIB), total=used)
+        return Report(**common, fits=False, memory=int(float(found[3]) * GIB), total=used + idle)
     seconds = time.perf_counter() - start
     sizes = compiled.memory_analysis()
     outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     total = sizes.argument_size_in_bytes + outputs + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes
-    leaves = jax.tree_util.tree_leaves_with_path(list(arguments))
+    total += idle
     printed = _printed(compiled)
     return Report(
         **common,
@@ -281,7 +298,8 @@ def plan(
         outputs=outputs,
         temporaries=sizes.temp_size_in_bytes,
         code=sizes.generated_code_size_in_bytes,
-        flops=product_flops(traced.jaxpr.jaxpr) / len(devices),
+        idle=idle,
+        flops=product_flops(jaxpr) / len(devices),
         collectives=None if printed is None else collectives(printed),
         cycles=None if printed is None else estimated_cycles(printed),
         seconds=seconds,

@@ -33,7 +33,7 @@ def plan_extraction(
     placed = mesh_of(topology_devices(topology), mesh)
     if batch_size < 1 or batch_size % data_size(placed):
         raise UserError(f"--batch-size {batch_size} is no multiple of the {data_size(placed)} chips that share a batch")
-    lmm = abstract_lmm(model, placed)
+    lmm = abstract_lmm(model, placed, lm_head=False)  # as the commands load it
     rows, tokens = round_rows(image_rows), round_tokens(max_tokens)
     return plan(
         f"heads of {batch_size} prompts of {tokens} tokens, {rows} rows of pixels each",

@@ -28,7 +28,7 @@ from sav_jax.extract import (
     apart,
     check_finite,
     content_key,
-    media_digests,
+    digests_of_all,
     packed,
     plan_prompts,
     repeated,
@@ -107,7 +107,7 @@ def read(
         UserError: an image cannot be read, features are not finite, or an option is empty or given twice.
     """
     prompts = plan_prompts(lmm, examples)
-    media = [media_digests(example) for example in examples]
+    media = digests_of_all(examples)
     keys = [content_key(lmm, *of) for of in zip(prompts, examples, media, strict=True)]
     if edit is not None:
         changed = hashlib.sha256(

@@ -6,7 +6,7 @@
     python scripts/bench_pytorch.py --quick             # a small model: does the script itself work?
 
 The model is a LLaVA-OneVision of 68 million random weights (SigLIP 12 x 384 at 224/16, Qwen2 16 x 512), written in
-Hugging Face layout and read by both sides; prompts have 458 tokens, 406 of them visual. *Released* is what the SAVs
+Hugging Face layout and read by both sides; prompts have 456 tokens, 406 of them visual. *Released* is what the SAVs
 code does (github.com/chancharikmitra/SAVs): examples one by one through all layers and the output head, three passes
 over the support set (class means, scores, means of the chosen heads), and Python loops over heads; on Hugging Face's
 model, float32, its fastest attention (sdpa), in inference mode. Both sides start from picture files.

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -116,7 +117,9 @@ def test_a_step_of_training_for_a_pod(tmp_path: Path, capsys: pytest.CaptureFixt
     assert report.outputs < 100_000
     assert report.temporaries > 0
     assert report.code is not None
-    assert report.total == report.arguments + report.outputs + report.temporaries + report.code
+    assert report.idle is not None
+    assert report.idle < 10_000  # of the last norm
+    assert report.total == report.arguments + report.outputs + report.temporaries + report.code + report.idle
     # Forward, again in the backward pass (remat), and the gradient of activations: 2 flops per parameter and token
     # each; weights that are frozen have no gradient. The tower's layers see other numbers of tokens.
     text = {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(
@@ -201,6 +204,33 @@ def test_what_does_not_fit_is_said() -> None:
     assert report.total >= 16 * GIB
     assert "DOES NOT FIT" in report.text()
     assert json.loads(report.json())["fits"] is False
+
+
+def test_parameters_that_are_not_read_are_in_memory_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts of text alone: the tower is there. A head for logits of its own is not: no command that reads features
+    loads it.
+    """
+    lmm = sav_jax.load("tiny")
+    parameters = {"/".join(name): 2 * leaf.size for name, leaf in flatten_dict(lmm.params).items()}
+    seen = sum(size for name, size in parameters.items() if not name.startswith("language_model/"))
+    config = json.loads((BUNDLED["tiny"] / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for model, tokens in (("tiny", "64"), (str(tmp_path), "96")):
+        words = [*PLAN, "--image-rows", "0", "--model", model, "--max-tokens", tokens, "--json"]
+        assert main(words) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["parameters"] == sum(parameters.values())
+        assert seen <= report["idle"] < 1.01 * seen + 10_000
+        used = sum(report[name] for name in ("arguments", "outputs", "temporaries", "code"))
+        assert report["total"] == used + report["idle"]
+
+
+def test_what_a_compiler_does_not_print_is_said_to_be_unknown() -> None:
+    known = Report("", "", "", {}, fits=True, memory=1, total=1, collectives=())
+    assert "not known" not in known.text()
+    assert "not known" in dataclasses.replace(known, collectives=None).text()
 
 
 PLAN = ("plan", "--model", "tiny", "--topology", "v5e:2x2", "--mesh", "data=4")

@@ -111,6 +111,51 @@ def test_killed_resumed_and_as_one_process(rows: Path, buckets: Buckets, monkeyp
     assert both.predict(together) == both.predict(alone)
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "reason"),
+    [
+        (signal.SIGINT, 130, "error: process 1: interrupted"),
+        (signal.SIGTERM, -signal.SIGTERM, "another process has ended, or cannot be reached"),
+    ],
+)
+def test_stopping_one_process_stops_the_others(number: signal.Signals, status: int, reason: str) -> None:
+    """Ctrl-C, and what a cluster sends to end a program: JAX would have the others wait for five minutes."""
+    program = """
+import sys, time, numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from sav_jax import _processes
+_processes.start(sys.argv[1], 2, int(sys.argv[2]))
+process_allgather(np.ones(3))
+with _processes.failing_together():
+    if sys.argv[2] == "1":
+        print("ready", flush=True)
+        time.sleep(60)
+    process_allgather(np.ones(3))
+"""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", program, where, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    )
+    try:
+        assert second.stdout is not None
+        assert second.stdout.readline() == "ready\n"
+        second.send_signal(number)
+        said = first.communicate(timeout=BOUND)[1]
+        assert first.returncode == 2, said
+        assert reason in said
+        assert second.wait(BOUND) == status
+    finally:
+        for process in (first, second):
+            process.kill()
+            with contextlib.suppress(ValueError):
+                process.communicate()
+
+
 def test_losing_the_first_process(tmp_path: Path) -> None:
     """It keeps what all know of each other: JAX ends the others by an abort, which here is a line and a status, too,
     whether they wait for a collective, for nothing, or not at all.

@@ -13,6 +13,7 @@ the parameters, they are given back at once, as making room for them later takes
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,10 @@ class StoredTensor:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
         """The tensor, memory-mapped: pages are read as they are used.
@@ -177,8 +182,10 @@ def _extent(views: Sequence[np.ndarray]) -> tuple[int, int]:
     return min(starts, default=0), max(ends, default=0) - min(starts, default=0)
 
 
-def _fill(tensor: StoredTensor, offset: int, room: np.ndarray, forget: bool) -> None:
+def _fill(tensor: StoredTensor, offset: int, room: np.ndarray, forget: bool, ahead: bool = True) -> None:
     with tensor.file.open("rb", buffering=0) as stream:
+        if not ahead:
+            _advise(stream.fileno(), 0, 0, "POSIX_FADV_RANDOM")
         stream.seek(offset)
         done = 0
         while done < room.size:
@@ -202,13 +209,9 @@ def samples(places: Sequence[tuple[StoredTensor, int, int]]) -> list[bytes]:
 
     def read(place: tuple[StoredTensor, int, int]) -> bytes:
         tensor, start, count = place
-        with tensor.file.open("rb", buffering=0) as stream:
-            _advise(stream.fileno(), 0, 0, "POSIX_FADV_RANDOM")
-            stream.seek(tensor.offset + start)
-            found = stream.read(count)
-        if len(found) < count:
-            raise _cut_short(tensor)
-        return found
+        room = np.empty(count, np.uint8)
+        _fill(tensor, tensor.offset + start, room, forget=False, ahead=False)
+        return room.tobytes()
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(read, places))

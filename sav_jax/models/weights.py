@@ -222,6 +222,7 @@ def load_params(
     abstract: Mapping[str, Any],
     dtype: Any,
     sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    left_out: Callable[[str], bool] | None = None,
 ) -> dict[str, Any]:
     """Read a checkpoint into a parameter tree.
 
@@ -232,6 +233,7 @@ def load_params(
         dtype: every parameter is cast to it.
         sharding: parameter path and shape -> where it goes; each process reads only its slices, once for all its
             devices. None: one default device.
+        left_out: parameter path -> whether it is checked, but not read.
 
     Raises:
         CheckpointError: keys missing, unknown, misshapen or duplicated; all of them.
@@ -240,14 +242,16 @@ def load_params(
     wanted = traverse_util.flatten_dict(abstract, sep="/")
     tensors = _match(directory, table, wanted)
     flat = {}
-    stored = sum(file.stat().st_size for file in {tensor.file for tensor in tensors.values()})
+    copies = [entry for entry in table.entries if entry.copy]
+    entries = [entry for entry in table.entries if not entry.copy and not (left_out and left_out(entry.target))]
+    for entry in copies:
+        _check_copy(entry, table, tensors)
+    stored = sum(tensors[key].nbytes for entry in entries for key in entry.stored_keys())
     # An accelerator's parameters pass through host memory and leave it.
-    held = sum(leaf.size for leaf in wanted.values()) * np.dtype(dtype).itemsize
-    with Reader(forget=not pages_fit(stored, held if jax.default_backend() == "cpu" else 0)) as reader:
-        for entry in table.entries:
-            if entry.copy:
-                _check_copy(entry, table, tensors)
-                continue
+    numbers = [_held_here(wanted[entry.target].shape, entry.target, sharding) for entry in entries]
+    held = sum(numbers) * np.dtype(dtype).itemsize if jax.default_backend() == "cpu" else 0
+    with Reader(forget=not pages_fit(stored, held)) as reader:
+        for entry in entries:
             sources = [tensors[key] for key in entry.stored_keys()]
             shape = wanted[entry.target].shape
             if sharding is None:
@@ -256,6 +260,16 @@ def load_params(
             else:
                 flat[entry.target] = _sharded(reader, entry, sources, dtype, shape, sharding(entry.target, shape))
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _held_here(
+    shape: tuple[int, ...], target: str, sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+) -> int:
+    """How many numbers of a parameter the devices of this process hold."""
+    if sharding is None:
+        return math.prod(shape)
+    where = sharding(target, shape)
+    return math.prod(where.shard_shape(shape)) * len(where.addressable_devices)
 
 
 def _read(

@@ -299,6 +299,18 @@ def test_bad_options(reference: Reference, options: dict[str, Any]) -> None:
         sav_jax.load(reference.directory, **options)
 
 
+def test_features_are_read_without_the_head_for_logits(reference: Reference) -> None:
+    whole = sav_jax.load(reference.directory)
+    less = sav_jax.load(reference.directory, lm_head=False)
+    assert "lm_head" in whole.params["language_model"]
+    assert "lm_head" not in less.params["language_model"]
+    assert len(jax.tree.leaves(less.params)) == len(jax.tree.leaves(whole.params)) - 1
+    assert less.fingerprint == whole.fingerprint
+    example = sav_jax.Example("What is it?", label="a")
+    expected, heads = (sav_jax.extract_heads(lmm, [example], progress=False) for lmm in (whole, less))
+    np.testing.assert_array_equal(heads, expected)
+
+
 def test_of_many_weights_samples_of_every_tensor_are_in_the_fingerprint(
     reference: Reference, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
