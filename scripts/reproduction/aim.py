@@ -29,6 +29,13 @@ CAPTIONS = {
 }
 
 
+CUE = (
+    "prompts of `icl` end in the word `Answer:`, which these models never learned and those of `zero-shot` and `aim` "
+    "lack: it alone takes most written answers away (methods-models.md), so that the row does not tell it from "
+    "demonstrations"
+)
+
+
 def measure(study: Study) -> list[Finding]:
     """All rows of AIM."""
     return [row for model in study.models for row in rows_of(study, model, measured(study, model))]
@@ -77,7 +84,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 setting,
                 over_both(none, icl),
                 {name: values[name] for name in ("zero-shot", "icl")},
-                f"{model}: {images}",
+                f"{images}; {CUE}",
             ),
             row(
                 f"Fused tokens repair what demonstrations in the prompt break ({kind})",
@@ -85,7 +92,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 setting,
                 over_both(aim, icl),
                 values,
-                trained,
+                f"{trained}; {CUE}",
             ),
             row(
                 f"Fused tokens are better than no demonstrations ({kind})",

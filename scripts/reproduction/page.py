@@ -35,7 +35,7 @@ PAGE = "reproduction.md"
 INTRODUCTION = """\
 # The papers' claims in miniature
 
-Every claim of the three papers that the bundled models can test, tested on both of them, on tasks drawn by a program
+Claims of the three papers that the bundled models can test, tested on both of them, on tasks drawn by a program
 ([world.md](world.md)) and on real handwritten digits, with seeds and intervals. This page is written by
 
 ```bash
@@ -45,7 +45,10 @@ bash scripts/reproduce.sh --quick  # fewer tasks, seeds, queries, steps, under 1
 
 from what they measure; none of its figures is typed. What holds here holds for models of {size} on a
 small world. It says that the method does what its authors say where everything can be checked, not that their
-numbers are right; the same commands test a claim on real checkpoints and data (`--model`, [tasks.md](tasks.md)).
+numbers are right; methods are compared on real checkpoints and data by the same `sav-jax eval` (`--model`, `--tasks`,
+[tasks.md](tasks.md)), the rest of the study has the bundled models only. There is no row for: SAVs against task vectors
+(`mtv`) and against whole layers chosen as heads are, transfer of LoRA, noisy labels; SQ-LLaVA with none of its parts,
+and captions; where AIM's inner model attends.
 
 How to read a row: figures are in % unless they name a unit (CIDEr-D is times 100); the difference, in the same, is what
 the claim is about, and is positive if it is as claimed; where a claim has a margin ("no more than one point below"),

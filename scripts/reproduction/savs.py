@@ -185,7 +185,11 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
     few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
     for method, how in (("icl", "written answers"), ("icl-likelihood", "likeliest answer")):
         claim = f"SAVs beat in-context learning with 4 demonstrations ({how})."
-        note = "No prompt of these models' training had demonstrations: this rival is weak."
+        note = (
+            "No prompt of these models' training had demonstrations or ended in the word `Answer:` as this rival's do: "
+            "it is weak. That word alone, before any demonstration, takes most written answers away, and some of the "
+            "likeliest ([methods-models.md](methods-models.md)); no row tells the two apart yet."
+        )
         add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method), note=note)
     heads = rescored(study, model)
     twenty, every = per_task(heads, f"{HEADS} heads"), per_task(heads, "all heads")
