@@ -21,6 +21,7 @@ TOKENS, TILES = 4096, 10
 SLICES = (
     ("0.5B", "v5e:2x4", "data=8"),
     ("0.5B", "v6e:2x4", "data=8"),
+    ("0.5B", "v5p:2x2x2", "data=8"),
     ("7B", "v5e:2x4", "fsdp=8"),
     ("7B", "v6e:2x4", "data=8"),
     ("7B", "v5p:2x2x2", "data=8"),
