@@ -92,6 +92,22 @@ class VirtualTokens:
     key: str
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """A turn of the user that has been answered, such as a demonstration.
+
+    Attributes:
+      question: like an example's.
+      answer: what the assistant has said.
+      images, videos: how many are shown in this turn.
+    """
+
+    question: str
+    answer: str
+    images: int = 0
+    videos: int = 0
+
+
 AnyImage = Path | BucketPath | PIL.Image.Image | EncodedImage
 
 
@@ -110,6 +126,8 @@ class Example:
       frames: how many frames of each video are shown, sampled uniformly; a shorter video is shown whole.
       virtual: virtual tokens, one for each ``<demonstration>`` mark in the question (:mod:`sav_jax.aim`). With them the
         question must hold marks for its images and videos, too.
+      history: turns before the question's, written as the chat template writes a conversation. Their images and videos
+        are the first of ``images`` and ``videos``.
 
     Raises:
       UserError: if the question is empty or holds marks that do not match images and videos, or no frames are shown.
@@ -130,6 +148,7 @@ class Example:
     videos: tuple[AnyVideo, ...] = ()
     frames: int = DEFAULT_FRAMES
     virtual: tuple[VirtualTokens, ...] = ()
+    history: tuple[Exchange, ...] = ()
 
     def __post_init__(self) -> None:
         # Whoever writes a path as a string means a path.
@@ -139,12 +158,12 @@ class Example:
         object.__setattr__(self, "videos", tuple(v if isinstance(v, Path | Video) else Video(v) for v in videos))
         if not self.question.strip():
             raise UserError(f'{self.source or "example"}: field "question" is empty')
-        for kind, mark, given in (("image", IMAGE_MARK, self.images), ("video", VIDEO_MARK, self.videos)):
+        for kind, mark, given in self._own_media():
             marks = self.question.count(mark)
-            if marks and marks != len(given):
+            if marks and marks != given:
                 raise UserError(
                     f'{self.source or "example"}: field "question" holds {marks} {mark} mark{"s"[: marks != 1]} '
-                    f'for {len(given)} {kind}{"s"[: len(given) != 1]} in field "{kind}"'
+                    f'for {given} {kind}{"s"[: given != 1]} in field "{kind}"'
                 )
         if self.virtual:
             self._check_virtual()
@@ -162,9 +181,14 @@ class Example:
 
     def marked_question(self) -> str:
         """The question with a mark for each of its images and videos: where it says, else before it."""
-        kinds = ((IMAGE_MARK, self.images), (VIDEO_MARK, self.videos))
-        marks = "".join(mark * len(given) for mark, given in kinds if mark not in self.question)
+        marks = "".join(mark * given for _, mark, given in self._own_media() if mark not in self.question)
         return f"{marks}\n{self.question}" if marks else self.question
+
+    def _own_media(self) -> tuple[tuple[str, str, int], ...]:
+        """Kind, mark and number of what is shown with the question itself."""
+        images = len(self.images) - sum(turn.images for turn in self.history)
+        videos = len(self.videos) - sum(turn.videos for turn in self.history)
+        return ("image", IMAGE_MARK, images), ("video", VIDEO_MARK, videos)
 
     def virtual_tokens(self) -> np.ndarray | None:
         """All virtual tokens in order, float32 [M, D]; None if there are none."""

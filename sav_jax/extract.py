@@ -247,7 +247,8 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
         try:
             lmm.processor.check_videos(len(example.videos))  # before they are opened
             virtual = [len(tokens.values) for tokens in example.virtual]
-            prompt = lmm.processor.plan(example.question, example.image_sizes(), example.video_shapes(), virtual)
+            sizes, videos = example.image_sizes(), example.video_shapes()
+            prompt = lmm.processor.plan(example.question, sizes, videos, virtual, example.history)
             if lmm.max_tokens is not None and len(prompt.token_ids) > lmm.max_tokens:
                 raise UserError(
                     f"{example.source or f'example {example.id}'}: the prompt has {len(prompt.token_ids)} tokens, "

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,9 @@ from sav_jax.errors import UserError
 from sav_jax.models.anyres import VisualPlan
 from sav_jax.models.quiet import quiet_transformers
 from sav_jax.models.video import VideoShape, video_settings
+
+if TYPE_CHECKING:
+    from sav_jax.examples import Exchange
 
 IMAGE_MARK = "<image>"
 """Stands in a question where an image belongs, whatever the model's own image token is."""
@@ -151,32 +154,41 @@ class Processor:
         """
         return None
 
-    def text(self, question: str, num_images: int, videos: Sequence[VideoShape] = ()) -> str:
+    def text(
+        self,
+        question: str,
+        num_images: int,
+        videos: Sequence[VideoShape] = (),
+        history: Sequence[Exchange] = (),
+    ) -> str:
         """The prompt as the model reads it: chat template with generation prompt, one image token per image.
 
         ``<image>`` and ``<video>`` marks in the question say where its images and videos belong; without marks the
         images come first, then the videos.
 
+        Args:
+            question: what the model is to answer.
+            num_images, videos: of the whole prompt.
+            history: turns before it; the first images and videos are theirs.
+
         Raises:
-            UserError: marks do not match what there is, or the model reads no videos.
+            UserError: marks do not match what there is, the model reads no videos, or the template writes no earlier
+                answers.
         """
-        content = []
-        for kind, mark, number in (("image", IMAGE_MARK, num_images), ("video", VIDEO_MARK, len(videos))):
-            marks = question.count(mark)
-            if marks not in (0, number):
-                raise UserError(f"question has {marks} {mark} marks for {number} {kind}s: {question!r}")
-            content += [] if marks else [{"type": kind}] * number
         self.check_videos(len(videos))
-        text = question.replace(IMAGE_MARK, self.image_mark)
-        if videos:
-            text = text.replace(VIDEO_MARK, self.video_mark)
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        messages = []
+        for turn in history:
+            messages.append(self._user(turn.question, turn.images, turn.videos))
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        earlier = sum(turn.images for turn in history), sum(turn.videos for turn in history)
+        messages.append(self._user(question, num_images - earlier[0], len(videos) - earlier[1]))
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # a template is a program: it may be damaged, or raise on its own account
             raise UserError(f"the chat template refuses the prompt: {' '.join(str(error).split())[:200]}") from None
+        _check_history(text, history)
         if not videos or self.video_token is None:
             return text
         pieces = text.split(self.video_token)
@@ -187,6 +199,19 @@ class Processor:
             )
         rest = (self.video_text(video) + piece for video, piece in zip(videos, pieces[1:], strict=True))
         return "".join([pieces[0], *rest])
+
+    def _user(self, question: str, num_images: int, num_videos: int) -> dict[str, Any]:
+        """A message of the user."""
+        content: list[dict[str, str]] = []
+        for kind, mark, number in (("image", IMAGE_MARK, num_images), ("video", VIDEO_MARK, num_videos)):
+            marks = question.count(mark)
+            if marks not in (0, number):
+                raise UserError(f"question has {marks} {mark} marks for {number} {kind}s: {question!r}")
+            content += [] if marks else [{"type": kind}] * number
+        text = question.replace(IMAGE_MARK, self.image_mark)
+        if num_videos:
+            text = text.replace(VIDEO_MARK, self.video_mark)
+        return {"role": "user", "content": [*content, {"type": "text", "text": text}]}
 
     def check_videos(self, number: int) -> None:
         """Raise UserError if there are videos and the model reads none."""
@@ -220,11 +245,12 @@ class Processor:
         image_sizes: Sequence[tuple[int, int]],
         videos: Sequence[VideoShape] = (),
         virtual: Sequence[int] = (),
+        history: Sequence[Exchange] = (),
     ) -> Prompt:
-        """Tokens and visual plan of a prompt, from the (height, width) of its images, the shapes of its videos and the
-        number of virtual tokens at each of its marks.
+        """Tokens and visual plan of a prompt, from the (height, width) of its images, the shapes of its videos, the
+        number of virtual tokens at each of its marks, and the turns before it.
         """
-        text = self.text(question, len(image_sizes), videos)
+        text = self.text(question, len(image_sizes), videos, history)
         if not virtual:
             return self.expand(self.encode_prompt(text), image_sizes, videos)
         # Where they go the tokenizer finds an image token: a token of its own in every vocabulary.
@@ -321,6 +347,16 @@ class Processor:
         return self.tokenizer(text, add_special_tokens=bos is None or not text.startswith(bos), verbose=False)[
             "input_ids"
         ]
+
+
+def _check_history(text: str, history: Sequence[Exchange]) -> None:
+    """A template may leave out what the assistant said, which no error tells."""
+    place = 0
+    for turn in history:
+        place = text.find(turn.answer, place)
+        if place < 0:
+            raise UserError(f"the chat template leaves out what was answered before: {turn.answer!r}")
+        place += len(turn.answer)
 
 
 def virtual_places(question: str, virtual: Sequence[int]) -> dict[int, int]:

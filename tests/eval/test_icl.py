@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,10 @@ from hypothesis import strategies as st
 import sav_jax
 from sav_jax import Example, UserError
 from sav_jax.eval.methods import METHODS, Settings
-from sav_jax.eval.methods.icl import draw_balanced, with_demonstrations
+from sav_jax.eval.methods.icl import draw_balanced, in_turns, with_demonstrations
 from sav_jax.eval.tasks import Item, Task
+from sav_jax.examples import Exchange
+from sav_jax.extract import plan_prompts
 
 # Log-probabilities of order ten in another program and other company.
 SCORES = 1e-4
@@ -115,7 +119,118 @@ def test_only_offered_answers_count(lmm: sav_jax.LMM) -> None:
     assert set(outcome.predictions) <= {"middle", "bright"}
 
 
-@pytest.mark.parametrize("number", [0, 7])
+def shown_and_asked() -> tuple[list[Item], Example]:
+    """Demonstrations with one, two and no pictures, and a query."""
+    one, two, three = (picture(28, 28, seed) for seed in range(3))
+    shown = [
+        Item(Example("which is it? A. cat B. dog", (one,), label="cat")),
+        Item(Example("is <image> like <image>?", (two, one), label="dog")),
+        Item(Example("no picture?", label="dog")),
+    ]
+    return shown, Example("both?", (three, two), label="secret", id="7", source="q:7")
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-qwen"])
+def test_turns_are_written_as_a_template_writes_a_conversation(model: str) -> None:
+    """Against transformers' own rendering of the messages, pictures in the places where zero-shot has them."""
+    task = Task("t", "", lambda _: None, answers={"cat": "A"})  # type: ignore[arg-type, return-value]
+    shown, query = shown_and_asked()
+    prompt = in_turns(task, shown, query)
+    processor = sav_jax.load(model).processor
+    mark = processor.image_mark
+
+    def user(text: str, images: int) -> dict[str, object]:
+        return {"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
+
+    def assistant(text: str) -> dict[str, object]:
+        return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+    messages = [
+        user("which is it? A. cat B. dog", 1),
+        assistant("A"),
+        user(f"is {mark} like {mark}?", 0),
+        assistant("dog"),
+        user("no picture?", 0),
+        assistant("dog"),
+        user("both?", 2),
+    ]
+    expected = processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template, add_generation_prompt=True, tokenize=False
+    )
+    assert processor.text(prompt.question, len(prompt.images), (), prompt.history) == expected
+    assert str(expected).endswith(processor.text(query.question, 2)), "the query is asked as zero-shot asks it"
+    first, second, third = (item.example.images for item in shown)
+    assert prompt.images == (*first, *second, *third, *query.images)
+    assert prompt.question == "both?"
+
+
+def test_pictures_of_turns_are_planned_in_order(lmm: sav_jax.LMM) -> None:
+    """The conversation as one text of its own, with marks, gives the same tokens and the same visual plan."""
+    shown, query = shown_and_asked()
+    turns = in_turns(Task("t", "", lambda _: None), shown, query)  # type: ignore[arg-type, return-value]
+    (planned,) = plan_prompts(lmm, [turns])
+    text = lmm.processor.text(turns.question, len(turns.images), (), turns.history)
+    expected = lmm.processor.expand(lmm.processor.encode_prompt(text), turns.image_sizes())
+    np.testing.assert_array_equal(planned.token_ids, expected.token_ids)
+    np.testing.assert_array_equal(planned.visual_index, expected.visual_index)
+
+
+def test_turns_without_demonstrations_are_zero_shot(lmm: sav_jax.LMM) -> None:
+    features = read_features(lambda: lmm, grey_split(), settings=Settings(shots=2, demonstrations=0))
+    alone, turns = (METHODS[name].run(features) for name in ("zero-shot", "icl-turns"))
+    assert turns.texts == alone.texts
+    likelihood, of_turns = (METHODS[f"{name}-likelihood"].run(features) for name in ("zero-shot", "icl-turns"))
+    assert likelihood.scores is not None
+    assert of_turns.scores is not None
+    np.testing.assert_allclose(of_turns.scores, likelihood.scores, rtol=0, atol=SCORES)
+    # The one turn has its layout all the same.
+    one_turn = METHODS["icl-likelihood"].run(features)
+    assert one_turn.scores is not None
+    assert np.abs(one_turn.scores - likelihood.scores).max() > 100 * SCORES
+
+
+def test_the_model_reads_turns(lmm: sav_jax.LMM) -> None:
+    split = grey_split()
+    features = read_features(lambda: lmm, split, settings=Settings(shots=2, demonstrations=3, seed=1))
+    outcome, likelihood = (METHODS[name].run(features) for name in ("icl-turns", "icl-turns-likelihood"))
+    assert features.reader.passes == len(split.queries), "one pass for both"
+    named = {item.example.id: item for item in split.support}
+    chosen = [named[name] for name in outcome.facts["demonstrations"]]
+    prompts = [in_turns(grey_task(), chosen, query.example) for query in split.queries]
+    expected = sav_jax.score_options(lmm, prompts, list(split.labels), progress=False)
+    assert likelihood.scores is not None
+    np.testing.assert_allclose(likelihood.scores, expected, rtol=0, atol=SCORES)
+    turned = [in_turns(grey_task(), chosen[::-1], query.example) for query in split.queries]
+    assert np.abs(sav_jax.score_options(lmm, turned, list(split.labels), progress=False) - expected).max() > (
+        100 * SCORES
+    ), "what was said before would not matter"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[-1]['content'][-1]['text'] }}", "the chat template leaves out what was answered before: 'cat'"),
+        ("{{ raise_exception('one turn only') }}", "the chat template refuses the prompt: one turn only"),
+    ],
+)
+def test_a_template_without_earlier_turns(lmm: sav_jax.LMM, template: str, message: str) -> None:
+    processor = copy.copy(lmm.processor)
+    processor.chat_template = template
+    query = Example("both?", history=(Exchange("which?", "cat"),), source="q:7")
+    with pytest.raises(UserError, match=f"q:7: {re.escape(message)}"):
+        plan_prompts(dataclasses.replace(lmm, processor=processor), [query])
+
+
+def test_marks_of_a_question_are_for_its_own_pictures() -> None:
+    one = picture(8, 8)
+    history = (Exchange("which?", "cat", images=1),)
+    assert Example("is <image> like <image>?", (one, one, one), history=history).marked_question().startswith("is ")
+    assert Example("and this?", (one, one), history=history).marked_question() == "<image>\nand this?"
+    with pytest.raises(UserError, match='field "question" holds 2 <image> marks for 1 image in field'):
+        Example("is <image> like <image>?", (one, one), history=history)
+
+
+@pytest.mark.parametrize("number", [-1, 7])
 def test_impossible_numbers_of_demonstrations(number: int) -> None:
     features = made_features(grey_split(), settings=Settings(demonstrations=number))
     with pytest.raises(UserError, match=rf"--demonstrations is {number}; there are 6 labelled examples"):
