@@ -138,6 +138,7 @@ def test_pages_are_given_back_where_they_would_not_fit(
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(f"MemTotal: 99999999 kB\nMemAvailable: {share * (files + held) / 1024:.0f} kB\n")
     monkeypatch.setattr(reading_weights, "_MEMINFO", meminfo)
+    monkeypatch.setattr(reading_weights, "_PROCESS", tmp_path)  # in no container
     back = []
     advise = os.posix_fadvise
 
@@ -156,9 +157,46 @@ def test_without_knowing_the_memory_pages_are_left_to_the_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(reading_weights, "_MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(reading_weights, "_PROCESS", tmp_path)
     assert reading_weights.pages_fit(2**60, 2**60)
     (tmp_path / "none").write_text("MemTotal: 5 kB\n")
     assert reading_weights.pages_fit(2**60, 2**60)
+
+
+@pytest.mark.parametrize(
+    ("process", "group", "files"),
+    [
+        ("0::/", "", ("memory.max", "memory.current", "")),
+        ("0::/job/step", "job", ("memory.max", "memory.current", "")),  # a limit of a group around it
+        (
+            "1:cpu:/docker/7\n4:memory,misc:/docker/7\n0::/",  # as the host names it; here it is the outermost
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ),
+    ],
+)
+def test_a_container_s_limit_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, process: str, group: str, files: tuple[str, str, str]
+) -> None:
+    """Of both versions of control groups, if it leaves less than the machine has."""
+    (tmp_path / "meminfo").write_text("MemAvailable: 1000 kB\n")
+    (tmp_path / "cgroup").write_text(process + "\n")
+    monkeypatch.setattr(reading_weights, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(reading_weights, "_PROCESS", tmp_path)
+    monkeypatch.setattr(reading_weights, "_GROUPS", tmp_path / "groups")
+    assert reading_weights.pages_fit(1_000_000, 23_999)
+    folder = tmp_path / "groups" / group
+    folder.mkdir(parents=True)
+    limit, used, of = files
+    (folder / used).write_text("500000\n")
+    (folder / "memory.stat").write_text(f"anon 100000\n{of}inactive_file 300000\n{of}active_file 50000\n")
+    (folder / limit).write_text("800000\n")
+    assert reading_weights.pages_fit(400_000, 249_999)
+    assert not reading_weights.pages_fit(400_000, 250_000)
+    for unlimited in ("max", "9223372036854771712", "2000000"):
+        (folder / limit).write_text(f"{unlimited}\n")
+        assert reading_weights.pages_fit(1_000_000, 23_999)
+        assert not reading_weights.pages_fit(1_000_000, 24_000)
 
 
 def test_samples(folder: Path) -> None:
