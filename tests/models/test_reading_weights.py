@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sav_jax
+from sav_jax import lmm as lmm_module
 from sav_jax.errors import UserError
 from sav_jax.lmm import BUNDLED
 from sav_jax.models import reading_weights, weights
@@ -121,6 +124,46 @@ def test_what_devices_want_is_read_once(
     # Pixels of a patch are three axes in the file and one in the parameter: turned before it is sliced.
     turned = {"vision_tower.embeddings.patch_embedding.weight"}
     assert read.keys() == {tensor.key for tensor in read_headers(reference.directory)} - turned
+
+
+def _replaced(file: Path) -> None:
+    shutil.copyfile(file, file.with_suffix(".new"))
+    os.replace(file.with_suffix(".new"), file)
+
+
+def _written_to(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.write(stream.read(8))
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # a system's clock may be coarser than this test is fast
+
+
+@pytest.mark.parametrize("change", [_replaced, _written_to, Path.unlink, lambda file: os.truncate(file, 100)])
+@pytest.mark.parametrize("moment", ["headers", "numbers", "digest"])
+def test_a_checkpoint_that_changes_while_it_is_read(
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    moment: str,
+) -> None:
+    """Whatever has been read of it until then."""
+    shutil.copytree(reference.directory, tmp_path / "model")
+    file = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
+    where, name = {"headers": (weights, "_match"), "numbers": (weights, "Reader"), "digest": (lmm_module, "samples")}[
+        moment
+    ]
+    monkeypatch.setattr(lmm_module, "_WHOLE_FILE_BYTES", 0)
+    former = getattr(where, name)
+
+    def changing(*given: Any, **named: Any) -> Any:
+        monkeypatch.setattr(where, name, former)
+        change(file)
+        return former(*given, **named)
+
+    monkeypatch.setattr(where, name, changing)
+    with pytest.raises(UserError) as raised:
+        sav_jax.load(tmp_path / "model")
+    assert str(raised.value) == f"{file}: was changed while it was read"
 
 
 @pytest.mark.parametrize("share", [0.9, 1.1])
