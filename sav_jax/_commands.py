@@ -122,6 +122,8 @@ def _predict(options: cli.Predict) -> None:
         raise UserError(f"{options.classifier}: does not say which model it was made with; it was not written by 'fit'")
     frames = _classifier_frames(classifier, options)
     examples = read_examples(options.data, options.question or classifier.metadata.get("question"), frames=frames)
+    if options.devices.mesh is not None:
+        mesh_of(jax.devices(), options.devices.mesh)  # what is wrong with it has nothing to do with the model
     wanted = f"{options.classifier} was made with {made_with['name']} (fingerprint {made_with['fingerprint'][:12]})"
     name, dtype = options.model or made_with["name"], options.running.dtype or made_with["dtype"]
     try:

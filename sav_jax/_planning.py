@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 
 import jax
 
 from sav_jax._training_options import Plan
 from sav_jax.errors import UserError
-from sav_jax.plan import Report, topology_devices
+from sav_jax.plan import Report, largest_batch, topology_devices
 from sav_jax.sharding import data_size, mesh_of
 
 
@@ -17,40 +18,12 @@ def run(options: Plan) -> None:
     jax.config.update("jax_platforms", "cpu")  # what is compiled runs nowhere; a TPU here, if any, is left alone
     if options.max_tokens < 1 or options.image_rows < 0:
         raise UserError("--max-tokens must be at least 1, and --image-rows not negative")
-    if options.task == "extract":
-        _plan_extraction(options)
-        return
-    from sav_jax.train.plan import plan_training
-    from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
-
-    presets, usual = (LORA_PRESETS, "llava") if options.task == "train-lora" else (SQ_PRESETS, "stage2")
-    name = options.preset or usual
-    if name not in presets:
-        raise UserError(f"no preset is called {name!r}; there are: {', '.join(presets)}")
-    if options.largest:
-        raise UserError("--largest is for --task extract; a recipe says how large its batches are")
-    given = {key: getattr(options, key) for key in ("batch_size", "micro_batches", "remat")}
-    recipe = overridden(presets[name], given)
-    report = plan_training(
-        options.model, options.topology, options.mesh, recipe, options.max_tokens, options.image_rows
-    )
-    print(report.json() if options.json else report.text())
-
-
-def _plan_extraction(options: Plan) -> None:
-    from sav_jax.plan_extraction import largest_batch, plan_extraction
-
-    refused = [name for name in ("preset", "micro_batches", "remat") if getattr(options, name) is not None]
-    if refused:
-        raise UserError(f"--{refused[0].replace('_', '-')} is for --task train-lora and train-sq")
-    multiple = data_size(mesh_of(topology_devices(options.topology), options.mesh))
-    size = options.batch_size or multiple
+    plan, multiple, size = (_extraction if options.task == "extract" else _training)(options)
 
     def compiled(batch: int) -> Report:
         if options.largest:
             print(f"compiling for a batch of {batch} ...", file=sys.stderr)
-        where = options.topology, options.mesh
-        return plan_extraction(options.model, *where, batch, options.max_tokens, options.image_rows)
+        return plan(batch)
 
     report = compiled(size)
     largest = largest_batch(compiled, multiple, report, size) if options.largest else None
@@ -62,3 +35,45 @@ def _plan_extraction(options: Plan) -> None:
         print(
             f"  largest batch that fits: {largest}" if largest else "  no batch fits: take more chips, or fsdp, model"
         )
+
+
+def _extraction(options: Plan) -> tuple[Callable[[int], Report], int, int]:
+    """What plans a batch of some size, what every size is a multiple of, and the size to begin with."""
+    from sav_jax.plan_extraction import plan_extraction
+
+    refused = [name for name in ("preset", "micro_batches", "remat") if getattr(options, name) is not None]
+    if refused:
+        raise UserError(f"--{refused[0].replace('_', '-')} is for --task train-lora and train-sq")
+    multiple = _sharing(options)
+    where = options.model, options.topology, options.mesh
+    lengths = options.max_tokens, options.image_rows
+    return lambda batch: plan_extraction(*where, batch, *lengths), multiple, options.batch_size or multiple
+
+
+def _training(options: Plan) -> tuple[Callable[[int], Report], int, int]:
+    """The same of a step of a recipe, whose batch size is overridden."""
+    from sav_jax.train.plan import plan_training
+    from sav_jax.train.recipes import LORA_PRESETS, SQ_PRESETS, overridden
+
+    presets, usual = (LORA_PRESETS, "llava") if options.task == "train-lora" else (SQ_PRESETS, "stage2")
+    name = options.preset or usual
+    if name not in presets:
+        raise UserError(f"no preset is called {name!r}; there are: {', '.join(presets)}")
+    given = {key: getattr(options, key) for key in ("batch_size", "micro_batches", "remat")}
+    recipe = overridden(presets[name], given)
+    where = options.model, options.topology, options.mesh
+    lengths = options.max_tokens, options.image_rows
+
+    def plan(batch: int) -> Report:
+        return plan_training(*where, overridden(recipe, {"batch_size": batch}), *lengths)
+
+    multiple, size = _sharing(options) * recipe.optimization.micro_batches, recipe.optimization.batch_size
+    if options.largest and options.batch_size is None:
+        # Nobody asked for the preset's: one that these chips can share is as good to begin with.
+        size = max(multiple, size // multiple * multiple)
+    return plan, multiple, size
+
+
+def _sharing(options: Plan) -> int:
+    """How many chips share a batch."""
+    return data_size(mesh_of(topology_devices(options.topology), options.mesh))

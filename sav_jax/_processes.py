@@ -107,8 +107,10 @@ def share(number: int) -> slice:
     return slice(this * number // of, (this + 1) * number // of)
 
 
-def shared_out(number: int, work: Callable[[int], list[str]]) -> list[list[str]]:
-    """``[work(0), ..., work(number - 1)]``, of which each process does its share."""
+def shared_out(number: int, work: Callable[[int], Any]) -> list[Any]:
+    """``[work(0), ..., work(number - 1)]``, of which each process does its share; each of them something that JSON
+    holds (and tuples become lists, with several processes).
+    """
     this = share(number)
     own = [work(i) for i in range(this.start, this.stop)]
     if jax.process_count() == 1:

@@ -168,10 +168,15 @@ def load(directory: str | Path, architecture: Architecture) -> tuple[tuple[Targe
     return targets, weights
 
 
+def files_of(directory: str | Path) -> list[Path]:
+    """Where its settings and its matrices are."""
+    return [Path(directory) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+
+
 def digest(directory: str | Path) -> str:
     """sha256 over both files, in hexadecimal."""
-    files = (Path(directory) / name for name in (CONFIG_FILE, WEIGHTS_FILE))
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    whole = (hashlib.sha256(file.read_bytes()).digest() for file in files_of(directory))
+    return hashlib.sha256(b"".join(whole)).hexdigest()
 
 
 def _kernels(architecture: Architecture) -> dict[str, Entry]:

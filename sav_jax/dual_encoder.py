@@ -25,7 +25,7 @@ from sav_jax.models.dual_encoder import DualEncoderConfig, TwoTowers, checkpoint
 from sav_jax.models.processor import NamedImageProcessor, image_settings, load_part
 from sav_jax.models.quiet import quiet_transformers
 from sav_jax.models.registry import impossible_values, read_config, with_defaults
-from sav_jax.models.weights import load_params
+from sav_jax.models.weights import load_params, unchanged, weight_files
 from sav_jax.sharding import data_size, parameter_sharding, put_batch
 
 FAMILIES = ("clip", "siglip")
@@ -157,7 +157,8 @@ def load_dual_encoder(path: str | Path, dtype: Any = None, mesh: jax.sharding.Me
         mesh: devices to shard over (see :mod:`sav_jax.sharding`).
 
     Raises:
-        UserError: no such model, a damaged file, or weights that do not fit the config; names the file.
+        UserError: no such model, a damaged file, one that was changed while it was read, or weights that do not fit the
+            config; names the file.
     """
     directory = find_model(path)
     raw = read_config(directory)
@@ -166,11 +167,13 @@ def load_dual_encoder(path: str | Path, dtype: Any = None, mesh: jax.sharding.Me
     dtype = floating_dtype(dtype)
     abstract = jax.eval_shape(lambda: init_params(module, jax.random.key(0)))
     sharding = None if mesh is None else parameter_sharding(mesh)
-    params = load_params(directory, checkpoint_table(config), abstract, dtype, sharding)
+    with unchanged(weight_files(directory)):
+        params = load_params(directory, checkpoint_table(config), abstract, dtype, sharding)
+        weights = weights_digest(directory)
     with quiet_transformers():
         tokenizer = load_part(directory, "tokenizer", _load_tokenizer)
         image_processor = load_part(directory, "image processor", NamedImageProcessor.from_pretrained)
-    facts = [weights_digest(directory), repr(config), str(image_settings(image_processor)), _rules(tokenizer)]
+    facts = [weights, repr(config), str(image_settings(image_processor)), _rules(tokenizer)]
     fingerprint = hashlib.sha256("\n".join(facts).encode()).hexdigest()
     return DualEncoder(str(path), config, module, params, tokenizer, image_processor, fingerprint, dtype, mesh, raw)
 

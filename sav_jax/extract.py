@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from sav_jax._processes import gathered, known_by_all, share, shared_out, wait_for_all
 from sav_jax._profiling import Stopwatch
+from sav_jax._storage import BucketPath
 from sav_jax._visual_pool import pool_for
 from sav_jax.batching import BatchPlan, assemble, plan_batches
 from sav_jax.errors import UserError
@@ -36,6 +37,7 @@ from sav_jax.models.batch import Batch
 from sav_jax.models.intervention import HeadEdit
 from sav_jax.models.multimodal import MultimodalModel
 from sav_jax.models.processor import Prompt
+from sav_jax.models.video import VideoShape
 from sav_jax.packing import Pack, pack
 from sav_jax.sharding import data_size, own_rows, put_own_rows
 
@@ -241,14 +243,17 @@ def next_token_logits(lmm: LMM, examples: Sequence[Example], batch_size: int = 8
 
 
 def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
-    """Tokens and visual plans of all examples; reads headers of images and packets of videos, no pixels."""
+    """Tokens and visual plans of all examples; reads headers of images and packets of videos, no pixels. Where the
+    model is spread over several processes all of them call this, and each reads its share of the files.
+    """
+    # A model of this process alone may be asked by this process alone.
+    together = jax.process_count() > 1 and lmm.mesh is not None and lmm.mesh.is_multi_process
+    shapes = _told_shapes(lmm, examples) if together else functools.partial(_media_shapes, lmm)
     prompts = []
     for example in examples:
         try:
-            lmm.processor.check_videos(len(example.videos))  # before they are opened
             virtual = [len(tokens.values) for tokens in example.virtual]
-            sizes, videos = example.image_sizes(), example.video_shapes()
-            prompt = lmm.processor.plan(example.question, sizes, videos, virtual, example.history)
+            prompt = lmm.processor.plan(example.question, *shapes(example), virtual, example.history)
             if lmm.max_tokens is not None and len(prompt.token_ids) > lmm.max_tokens:
                 raise UserError(
                     f"{example.source or f'example {example.id}'}: the prompt has {len(prompt.token_ids)} tokens, "
@@ -262,6 +267,44 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
     return prompts
 
 
+_Shapes = tuple[list[tuple[int, int]], list[VideoShape]]
+
+
+def _media_shapes(lmm: LMM, example: Example) -> _Shapes:
+    """Sizes of an example's images, and what is shown of its videos."""
+    lmm.processor.check_videos(len(example.videos))  # before they are opened
+    return example.image_sizes(), example.video_shapes()
+
+
+def _told_shapes(lmm: LMM, examples: Sequence[Example]) -> Callable[[Example], _Shapes]:
+    """:func:`_media_shapes`, of which each process has read a share and told the others.
+
+    What a process could not read is told, too, and raised where it is asked for: the first bad example in order is
+    named, by all, as if each had read everything.
+    """
+
+    def read(example: Example) -> str | list[Any]:
+        try:
+            sizes, videos = _media_shapes(lmm, example)
+        except UserError as error:
+            return str(error)
+        return [sizes, [asdict(video) for video in videos]]
+
+    told = _once_for_all(examples, read)
+
+    def shapes(example: Example) -> _Shapes:
+        found = told[_shown(example)]
+        if isinstance(found, str):
+            raise UserError(found)
+        sizes, videos = found
+        return (
+            [(height, width) for height, width in sizes],
+            [VideoShape(**video | {"frames": tuple(video["frames"])}) for video in videos],
+        )
+
+    return shapes
+
+
 def media_digests(example: Example) -> list[str]:
     """What an example shows: digests of its images, and of its videos with how many of their frames."""
     return [*example.image_digests(), *(f"video {digest} {example.frames}" for digest in example.video_digests())]
@@ -269,15 +312,24 @@ def media_digests(example: Example) -> list[str]:
 
 def digests_of_all(examples: Sequence[Example]) -> list[list[str]]:
     """Of each, its :func:`media_digests`; files that several show are read once, by one of the processes."""
+    found = _once_for_all(examples, media_digests)
+    return [found[_shown(example)] for example in examples]
 
-    def shown(example: Example) -> tuple[Any, ...]:
-        media = (*example.images, *example.videos)
-        return (*(str(of) if isinstance(of, Path) else id(of) for of in media), len(example.images), example.frames)
 
-    first = {shown(example): example for example in reversed(examples)}
+def _once_for_all(examples: Sequence[Example], work: Callable[[Example], Any]) -> dict[tuple[Any, ...], Any]:
+    """What ``work`` finds in the images and videos of examples, by :func:`_shown`: of those that show the same it is
+    asked about the first, in one of the processes.
+    """
+    first = {_shown(example): example for example in reversed(examples)}
     unique = list(first.values())
-    found = dict(zip(first, shared_out(len(unique), lambda i: media_digests(unique[i])), strict=True))
-    return [found[shown(example)] for example in examples]
+    return dict(zip(first, shared_out(len(unique), lambda i: work(unique[i])), strict=True))
+
+
+def _shown(example: Example) -> tuple[Any, ...]:
+    """Equal for examples that show the same files, or objects in memory, in the same way."""
+    media = (*example.images, *example.videos)
+    names = (str(of) if isinstance(of, Path | BucketPath) else id(of) for of in media)
+    return (*names, len(example.images), example.frames)
 
 
 def content_key(lmm: LMM, prompt: Prompt, example: Example, media: Sequence[str] | None = None) -> str:

@@ -27,7 +27,7 @@ from sav_jax.models.multimodal import MultimodalModel, init_params
 from sav_jax.models.processor import Processor, load_processor
 from sav_jax.models.reading_weights import StoredTensor, samples
 from sav_jax.models.registry import Architecture, architecture, read_config
-from sav_jax.models.weights import load_params, read_headers, weight_files
+from sav_jax.models.weights import load_params, read_headers, unchanged, weight_files
 from sav_jax.sharding import on, parameter_sharding
 
 BUNDLED = {name: Path(__file__).parent / "models" / name for name in ("tiny", "tiny-qwen")}
@@ -170,7 +170,8 @@ def load(
             are read without it, answers are not. With an adapter, which may change it, it is always there.
 
     Raises:
-        UserError: no such model, a damaged file, or weights that do not fit the config; names the file.
+        UserError: no such model, a damaged file, one that was changed while it was read, or weights that do not fit the
+            config; names the file.
 
     Example:
         >>> import sav_jax
@@ -188,15 +189,19 @@ def load(
     abstract = jax.eval_shape(lambda: init_params(arch.module, jax.random.key(0)))
     sharding = None if mesh is None else parameter_sharding(mesh)
     left_out = is_lm_head if not lm_head and adapter is None else None
-    params = load_params(directory, arch.table, abstract, dtype, sharding, left_out)
-    processor = load_processor(directory, raw)
-    fingerprint = hashlib.sha256(f"{weights_digest(directory)} {_settings_digest(directory, raw)}".encode()).hexdigest()
     name = str(path)
+    with unchanged(weight_files(directory)):
+        params = load_params(directory, arch.table, abstract, dtype, sharding, left_out)
+        weights = weights_digest(directory)
+    processor = load_processor(directory, raw)
+    fingerprint = hashlib.sha256(f"{weights} {_settings_digest(directory, raw)}".encode()).hexdigest()
     if adapter is not None:
         name = f"{path} + {adapter}"
-        targets, matrices = adapters.load(adapter, arch)
+        with unchanged(adapters.files_of(adapter)):
+            targets, matrices = adapters.load(adapter, arch)
+            update = adapters.digest(adapter)
         params = lora.merged(arch.module, params, targets, matrices)
-        fingerprint = hashlib.sha256(f"{fingerprint} {adapters.digest(adapter)}".encode()).hexdigest()
+        fingerprint = hashlib.sha256(f"{fingerprint} {update}".encode()).hexdigest()
     stops = _stop_token_ids(directory, raw, processor)
     sizes = raw | (raw.get("text_config") or {})
     longest = sizes.get("max_position_embeddings")

@@ -306,6 +306,45 @@ def plan(
     )
 
 
+def largest_batch(compiled: Callable[[int], Report], multiple: int, known: Report, size: int, tries: int = 6) -> int:
+    """The largest batch that the compiler finds room for, to within a twentieth.
+
+    What a program takes grows nearly in proportion to its batch: two plans tell how fast, the compiler is asked about
+    the batch that this predicts, and what it answers makes the next prediction better.
+
+    Args:
+        compiled: batch size -> plan.
+        multiple: every batch size is a multiple of it.
+        known: the plan of a batch of ``size``.
+        size: see ``known``.
+        tries: at most so many plans beside ``known``.
+
+    Returns:
+        A multiple of ``multiple`` that fits, checked; 0 if none was found.
+    """
+    plans = {size: known}
+    while len(plans) <= tries:
+        fit = max((batch for batch, plan in plans.items() if plan.fits), default=0)
+        over = min((batch for batch, plan in plans.items() if not plan.fits), default=None)
+        if over is not None and over - fit <= max(multiple, fit // 20):
+            break
+        if len(plans) == 1:
+            guess = 2 * size if known.fits else multiple
+        else:
+            # Through the two plans nearest to what there is.
+            (a, first), (b, second) = sorted(plans.items(), key=lambda item: abs(item[1].total - item[1].memory))[:2]
+            slope = (second.total - first.total) / (b - a)
+            guess = 16 * fit if slope <= 0 else a + int((first.memory - first.total) / slope)
+        guess = min(guess, 16 * fit) if fit else guess  # far away, the proportion may be another
+        guess = guess // multiple * multiple
+        low, high = fit + multiple, guess if over is None else over - multiple
+        guess = max(low, min(guess, high))
+        if guess in plans:
+            break
+        plans[guess] = compiled(guess)
+    return max((batch for batch, plan in plans.items() if plan.fits), default=0)
+
+
 def _readable(size: float) -> str:
     """Bytes in GiB, or MiB where that would be next to none."""
     return f"{size / GIB:>8.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:>8.2f} MiB"

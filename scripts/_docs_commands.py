@@ -66,7 +66,7 @@ NOT_RUN: tuple[tuple[str, str], ...] = (
     (r"\bpip install\b", "they install from a package index; that the extras exist is looked at"),
     (r"^srun |^gcloud |--distributed", "they need several hosts; tests/test_processes.py runs two processes"),
     (r"--coordinator", "of several processes one waits for the others; tests/test_processes.py runs two"),
-    (r"^sav-jax plan .*--largest", "compiles several programs, in minutes; tests/test_plan.py does it"),
+    (r"^sav-jax plan .*--largest", "compiles several programs, in minutes; tests/test_plan.py looks at the search"),
     (r"^sav-jax plan .*--task train-lora", "compiling a step of training takes minutes; tests/test_plan.py does it"),
     (r"^python -c .*download_and_prepare", "fetches a data set"),
     (r"scripts/bench_gpu\.py", "needs a GPU; tests/test_bench_gpu.py runs it at small sizes"),

@@ -60,8 +60,8 @@ def config(name: str) -> dict[str, Any]:
 
 def row(name: str, config: Path, topology: str, mesh: str) -> str:
     """One slice: the program of one prompt per chip that shares the batch, and the largest batch."""
-    from sav_jax.plan import topology_devices
-    from sav_jax.plan_extraction import largest_batch, plan_extraction
+    from sav_jax.plan import largest_batch, topology_devices
+    from sav_jax.plan_extraction import plan_extraction
     from sav_jax.sharding import data_size, mesh_of
 
     one = data_size(mesh_of(topology_devices(topology), mesh))

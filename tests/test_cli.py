@@ -278,6 +278,15 @@ def test_classifier_of_another_model(
     assert f", not with {other.directory} (fingerprint " in message
 
 
+def test_a_mesh_that_does_not_fit_is_not_blamed_on_the_classifier(
+    model: str, train: Path, queries: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("fit", "--model", model, "--train", train, "--num-heads", 3, "--output", "clf")
+    command = ("predict", "--classifier", "clf", "--data", queries, "--output", "out.jsonl", "--mesh")
+    assert refused(capsys, *command, "data=2") == "error: --mesh data=2 is of 2 devices; there are 8"
+    assert refused(capsys, *command, "rows=8").startswith("error: --mesh takes sizes of data, fsdp, model")
+
+
 def test_damaged_classifier(model: str, train: Path, queries: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ("predict", "--classifier", "clf", "--data", queries, "--output", "out.jsonl")
     assert "clf: holds no classifier" in refused(capsys, *command)

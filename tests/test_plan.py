@@ -20,11 +20,10 @@ from sav_jax import plan
 from sav_jax.cli import main
 from sav_jax.lmm import BUNDLED
 from sav_jax.models.registry import architecture, read_config
-from sav_jax.plan import GIB, Collective, Report, collectives, estimated_cycles, product_flops
-from sav_jax.plan_extraction import largest_batch
+from sav_jax.plan import GIB, Collective, Report, collectives, estimated_cycles, largest_batch, product_flops
 from sav_jax.sharding import mesh_of
 from sav_jax.train.plan import plan_training
-from sav_jax.train.recipes import LORA_PRESETS
+from sav_jax.train.recipes import LORA_PRESETS, Recipe
 
 PRINTED = """HloModule jit_step, entry_computation_layout={(f32[4]{0})->f32[4]{0}}
 
@@ -246,7 +245,6 @@ PLAN = ("plan", "--model", "tiny", "--topology", "v5e:2x2", "--mesh", "data=4")
         (["--batch-size", "6", "--task", "train-lora"], "batch_size 6 is no multiple of 4"),
         (["--preset", "stage2", "--task", "train-lora"], "no preset is called 'stage2'"),
         (["--preset", "stage2"], "--preset is for --task train-lora and train-sq"),
-        (["--task", "train-sq", "--largest"], "--largest is for --task extract"),
         (["--model", "nowhere"], "nowhere"),
         (["--max-tokens", "0"], "--max-tokens must be at least 1"),
     ],
@@ -280,6 +278,40 @@ def test_the_command_prints_a_plan(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert (recipe.sq_ratio, recipe.optimization.batch_size, recipe.optimization.remat) == (0.5, 32, "dots")  # type: ignore[attr-defined]
     assert main([*PLAN, "--task", "train-lora", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["total"] == GIB
+
+
+@pytest.mark.parametrize(
+    ("options", "tried"),
+    [
+        ([], [128, 256, 400, 408]),  # begins with the preset's
+        (["--batch-size", "8"], [8, 16, 256, 400, 408]),
+        (["--preset", "stage1", "--topology", "v5e:8x8", "--mesh", "data=64"], [256, 512, 384]),
+        (["--topology", "v5e:16x16", "--mesh", "data=256"], [512]),  # which cannot share the preset's
+    ],
+)
+def test_the_largest_batch_of_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], tried: list[int]
+) -> None:
+    """In steps of chips that share a batch times micro-batches; the recipe is otherwise its preset's."""
+    from sav_jax.train import plan as training
+
+    asked: list[tuple[int, int, str]] = []
+
+    def planned(model: str, topology: str, mesh: str, recipe: Recipe, *lengths: int) -> Report:
+        size = recipe.optimization.batch_size
+        asked.append((size, recipe.optimization.micro_batches, recipe.conversation))
+        total = 40 * size * 2**20  # 403 fill a chip
+        return Report("a step", topology, "TPU v5 lite", {}, total <= 15.75 * GIB, int(15.75 * GIB), total)
+
+    monkeypatch.setattr(training, "plan_training", planned)
+    assert main([*PLAN, "--task", "train-sq", "--micro-batches", "2", "--largest", "--json", *options]) == 0
+    captured = capsys.readouterr()
+    assert asked == [(size, 2, "vicuna-sq") for size in tried]
+    assert captured.err.splitlines() == [f"compiling for a batch of {size} ..." for size in tried]
+    printed = json.loads(captured.out)
+    assert printed["total"] == 40 * tried[0] * 2**20  # of the first
+    fits = [size for size in tried if size <= 403]
+    assert printed["largest_batch"] == max(fits, default=0)
 
 
 def test_without_libtpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

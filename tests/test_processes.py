@@ -111,6 +111,82 @@ def test_killed_resumed_and_as_one_process(rows: Path, buckets: Buckets, monkeyp
     assert both.predict(together) == both.predict(alone)
 
 
+def test_headers_are_shared_out(tmp_path: Path) -> None:
+    """Each file's is read by one of the processes. Prompts are those that a process plans by itself, and so is what is
+    said of files that cannot be read: of the first example in order, by all.
+    """
+    program = """
+import json, sys, jax, numpy as np
+import sav_jax
+from sav_jax import Example, _processes
+from sav_jax.extract import plan_prompts
+from sav_jax.sharding import mesh_of
+_processes.start(sys.argv[1], 2, int(sys.argv[2]))
+read, sizes, shapes = [], Example.image_sizes, Example.video_shapes
+Example.image_sizes = lambda self: (read.append(self.id), sizes(self))[1]
+Example.video_shapes = lambda self: (read.append("video") if self.videos else None, shapes(self))[1]
+clip = sav_jax.Video([np.full((20, 30, 3), i, np.uint8) for i in range(5)], 2.5)
+examples = [Example(f"What{'?' * (i // 8)}", (f"{i % 8}.png",), id=str(i), source=f"row {i}") for i in range(16)]
+examples.append(Example("What?", (), videos=(clip,), frames=3))
+names = ["none.png", "no.txt", "none.png"]
+bad = [*examples[::-1], *(Example("What?", (name,), source=f"bad {i}") for i, name in enumerate(names))]
+def said(lmm):
+    read.clear()
+    prompts = [[p.token_ids.tolist(), p.num_rows, float(p.visual_weight.sum())] for p in plan_prompts(lmm, examples)]
+    counted = read[:]
+    try:
+        plan_prompts(lmm, bad)
+    except sav_jax.UserError as error:
+        return {"read": counted, "prompts": prompts, "error": str(error)}
+print("said", json.dumps(said(sav_jax.load("tiny", mesh=mesh_of(jax.devices(), "data=2")))), flush=True)
+if sys.argv[2] == "0":  # a model of its own needs nobody else
+    print("said", json.dumps(said(sav_jax.load("tiny"))), flush=True)
+"""
+    for i in range(8):
+        Image.new("RGB", (20 + 100 * i, 300 - 20 * i)).save(tmp_path / f"{i}.png")
+    (tmp_path / "no.txt").write_text("no picture")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    command = [sys.executable, "-c", program, where]
+    processes = [
+        subprocess.Popen([*command, str(i)], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0]
+    lines = [line.removeprefix("said ") for of in outputs for line in of.splitlines() if line.startswith("said ")]
+    first, alone, second = map(json.loads, lines)
+    assert first["prompts"] == second["prompts"] == alone["prompts"]
+    assert first["error"] == second["error"] == alone["error"] == 'bad 0: field "image": none.png does not exist'
+    assert alone["read"] == [*map(str, range(16)), "", "video"]
+    assert sorted(first["read"] + second["read"]) == sorted([*map(str, range(8)), "", "video"])
+    assert min(len(first["read"]), len(second["read"])) >= 4
+
+
+def test_a_picture_that_cannot_be_read_is_reported_by_all(rows: Path, tmp_path: Path) -> None:
+    """Whichever process has read it."""
+    lines = (rows / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "bad.png").write_text("no picture")
+    data = tmp_path / "rows.jsonl"
+    lines = [json.dumps(json.loads(line) | {"image": str(rows / json.loads(line)["image"])}) for line in lines]
+    bad = json.dumps({"image": "bad.png", "question": "Which digit is it?", "label": "0"})
+    data.write_text("\n".join([*lines, bad, *lines[:5], bad]) + "\n")
+    words = ["extract", "--model", "tiny", "--data", str(data), "--output", str(tmp_path / "heads")]
+    with two(tmp_path / "cache", *words, "--mesh", "data=8") as processes:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    problem = f'{data}:{len(lines) + 1}: field "image": {tmp_path / "bad.png"} cannot be read'
+    for _, said in outputs:
+        assert f"error: {problem}" in said
+
+
 @pytest.mark.parametrize(
     ("number", "status", "reason"),
     [

@@ -12,6 +12,7 @@ the parameters, they are given back at once, as making room for them later takes
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -19,7 +20,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +32,8 @@ from sav_jax.models.aligned import aligned_empty
 _PIECE_BYTES = 32 * 2**20
 THREADS = min(8, 2 * (os.cpu_count() or 1))  # while one waits for the disk, another moves numbers
 _MEMINFO = Path("/proc/meminfo")
+_PROCESS = Path("/proc/self")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -218,18 +221,44 @@ def samples(places: Sequence[tuple[StoredTensor, int, int]]) -> list[bytes]:
 
 
 def pages_fit(stored: int, held: int) -> bool:
-    """Whether the machine's free memory has room for the pages of files beside what is made of them.
+    """Whether free memory, of the machine and of the container, has room for the pages of files beside what is made of
+    them.
 
     Args:
         stored: bytes of the files.
         held: bytes of host memory that the parameters will take.
     """
-    try:
+    free = _free_in_groups()
+    with contextlib.suppress(OSError):  # not Linux: the system's own ways are best
         lines = _MEMINFO.read_text().splitlines()
-    except OSError:  # not Linux: the system's own ways are best
-        return True
-    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return not free or stored + held < free[0]
+        free += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return not free or stored + held < min(free)
+
+
+def _free_in_groups() -> list[int]:
+    """What each control group that this process is in (a container's, a job's) leaves of its limit, if it has one."""
+    try:
+        lines = (_PROCESS / "cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return []
+    free = []
+    for line in lines:  # "0::/job/step" of version 2, "4:memory:/job/step" of version 1
+        _, kinds, path = line.split(":", 2)
+        if not kinds:
+            root, limit, used, of = _GROUPS, "memory.max", "memory.current", ""
+        elif "memory" in kinds.split(","):
+            root, limit, used, of = _GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        # Groups around it have limits, too. A container may see its own group as the outermost, whatever its path.
+        inner = PurePosixPath(path.lstrip("/"))
+        for folder in (root / group for group in (inner, *inner.parents)):
+            with contextlib.suppress(OSError, ValueError):  # it has no such file, or its limit is "max"
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                numbers = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                # Pages of files count as used, but make room for others.
+                free.append(left + sum(int(numbers.get(f"{of}{kind}_file", 0)) for kind in ("active", "inactive")))
+    return free
 
 
 def forget_pages(file: int, start: int, count: int) -> None:

@@ -7,6 +7,7 @@ no remote code is run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import operator
@@ -174,6 +175,37 @@ def weight_files(directory: Path) -> list[Path]:
     if not files:
         raise UserError(f"{directory}: no *.safetensors file in it (only safetensors are read, never pickled weights)")
     return files + [file for file in tower if file not in files]
+
+
+@contextlib.contextmanager
+def unchanged(files: Sequence[Path]) -> Iterator[None]:
+    """Open while files are read, so that headers, tensors and digests are those of the same files.
+
+    Raises:
+        UserError: one of them has been replaced, written to or removed meanwhile; names it.
+    """
+    before = [_state(file) for file in files]
+
+    def check() -> None:
+        for file, state in zip(files, before, strict=True):
+            if _state(file) != state:
+                raise UserError(f"{file}: was changed while it was read") from None
+
+    try:
+        yield
+    except (UserError, OSError, ValueError):  # of a file that is half there, perhaps
+        check()
+        raise
+    check()
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from itself as it was; None if there is none."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def file_headers(file: Path) -> Iterator[StoredTensor]:

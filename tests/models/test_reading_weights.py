@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sav_jax
+from sav_jax import lmm as lmm_module
 from sav_jax.errors import UserError
 from sav_jax.lmm import BUNDLED
 from sav_jax.models import reading_weights, weights
@@ -123,6 +126,46 @@ def test_what_devices_want_is_read_once(
     assert read.keys() == {tensor.key for tensor in read_headers(reference.directory)} - turned
 
 
+def _replaced(file: Path) -> None:
+    shutil.copyfile(file, file.with_suffix(".new"))
+    os.replace(file.with_suffix(".new"), file)
+
+
+def _written_to(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.write(stream.read(8))
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # a system's clock may be coarser than this test is fast
+
+
+@pytest.mark.parametrize("change", [_replaced, _written_to, Path.unlink, lambda file: os.truncate(file, 100)])
+@pytest.mark.parametrize("moment", ["headers", "numbers", "digest"])
+def test_a_checkpoint_that_changes_while_it_is_read(
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    change: Callable[[Path], None],
+    moment: str,
+) -> None:
+    """Whatever has been read of it until then."""
+    shutil.copytree(reference.directory, tmp_path / "model")
+    file = sorted((tmp_path / "model").glob("*.safetensors"))[-1]
+    where, name = {"headers": (weights, "_match"), "numbers": (weights, "Reader"), "digest": (lmm_module, "samples")}[
+        moment
+    ]
+    monkeypatch.setattr(lmm_module, "_WHOLE_FILE_BYTES", 0)
+    former = getattr(where, name)
+
+    def changing(*given: Any, **named: Any) -> Any:
+        monkeypatch.setattr(where, name, former)
+        change(file)
+        return former(*given, **named)
+
+    monkeypatch.setattr(where, name, changing)
+    with pytest.raises(UserError) as raised:
+        sav_jax.load(tmp_path / "model")
+    assert str(raised.value) == f"{file}: was changed while it was read"
+
+
 @pytest.mark.parametrize("share", [0.9, 1.1])
 def test_pages_are_given_back_where_they_would_not_fit(
     reference: Reference,
@@ -138,6 +181,7 @@ def test_pages_are_given_back_where_they_would_not_fit(
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(f"MemTotal: 99999999 kB\nMemAvailable: {share * (files + held) / 1024:.0f} kB\n")
     monkeypatch.setattr(reading_weights, "_MEMINFO", meminfo)
+    monkeypatch.setattr(reading_weights, "_PROCESS", tmp_path)  # in no container
     back = []
     advise = os.posix_fadvise
 
@@ -156,9 +200,46 @@ def test_without_knowing_the_memory_pages_are_left_to_the_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(reading_weights, "_MEMINFO", tmp_path / "none")
+    monkeypatch.setattr(reading_weights, "_PROCESS", tmp_path)
     assert reading_weights.pages_fit(2**60, 2**60)
     (tmp_path / "none").write_text("MemTotal: 5 kB\n")
     assert reading_weights.pages_fit(2**60, 2**60)
+
+
+@pytest.mark.parametrize(
+    ("process", "group", "files"),
+    [
+        ("0::/", "", ("memory.max", "memory.current", "")),
+        ("0::/job/step", "job", ("memory.max", "memory.current", "")),  # a limit of a group around it
+        (
+            "1:cpu:/docker/7\n4:memory,misc:/docker/7\n0::/",  # as the host names it; here it is the outermost
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ),
+    ],
+)
+def test_a_container_s_limit_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, process: str, group: str, files: tuple[str, str, str]
+) -> None:
+    """Of both versions of control groups, if it leaves less than the machine has."""
+    (tmp_path / "meminfo").write_text("MemAvailable: 1000 kB\n")
+    (tmp_path / "cgroup").write_text(process + "\n")
+    monkeypatch.setattr(reading_weights, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(reading_weights, "_PROCESS", tmp_path)
+    monkeypatch.setattr(reading_weights, "_GROUPS", tmp_path / "groups")
+    assert reading_weights.pages_fit(1_000_000, 23_999)
+    folder = tmp_path / "groups" / group
+    folder.mkdir(parents=True)
+    limit, used, of = files
+    (folder / used).write_text("500000\n")
+    (folder / "memory.stat").write_text(f"anon 100000\n{of}inactive_file 300000\n{of}active_file 50000\n")
+    (folder / limit).write_text("800000\n")
+    assert reading_weights.pages_fit(400_000, 249_999)
+    assert not reading_weights.pages_fit(400_000, 250_000)
+    for unlimited in ("max", "9223372036854771712", "2000000"):
+        (folder / limit).write_text(f"{unlimited}\n")
+        assert reading_weights.pages_fit(1_000_000, 23_999)
+        assert not reading_weights.pages_fit(1_000_000, 24_000)
 
 
 def test_samples(folder: Path) -> None:
