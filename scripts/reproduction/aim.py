@@ -7,20 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sav_jax.eval.statistics import Interval
-from scripts.reproduction.aim_measured import DESCRIBED, PART, Measured, asked_of, measured, size_of
+from scripts.reproduction.aim_measured import DESCRIBED, PART, SHOTS, Measured, asked_of, measured, size_of
+from scripts.reproduction.attention import attended
+from scripts.reproduction.heads import per_task
 from scripts.reproduction.study import Answers, Finding, Study, Table, finding
 from scripts.reproduction.trained import by_seed, mean, of_seeds, over_both, trainings
 
 HEADLINES = (
-    "Demonstrations in the prompt degrade a single-image model (questions)",
-    "Fused tokens repair what demonstrations in the prompt break (questions)",
+    "Demonstrations as turns of a conversation degrade a single-image model (questions)",
+    "Fused tokens repair what demonstrations as turns of a conversation break (questions)",
     "Fused tokens are better than no demonstrations (questions)",
 )
 """Claims for the README."""
+METHODS = "zero-shot", "icl", "icl-turns", "icl-none", "aim"
 SEPARATORS = 2
 """Tokens between demonstrations that "at text-length cost" is to allow."""
 CAPTIONS = {
@@ -30,15 +34,47 @@ CAPTIONS = {
 
 
 CUE = (
-    "prompts of `icl` end in the word `Answer:`, which these models never learned and those of `zero-shot` and `aim` "
-    "lack: it alone takes most written answers away (methods-models.md), so that the row does not tell it from "
-    "demonstrations"
+    "prompts of `icl` end in the word `Answer:`, which these models never learned and those of `icl-turns` and `aim` "
+    "lack: see what it alone does, and the row of turns"
 )
+
+
+LOOKED = "A model that begins to answer looks at demonstrations' text more than at their images"
 
 
 def measure(study: Study) -> list[Finding]:
     """All rows of AIM."""
-    return [row for model in study.models for row in rows_of(study, model, measured(study, model))]
+    rows = []
+    for model in study.models:
+        rows += rows_of(study, model, measured(study, model))
+        looked = attended(study, model, asked_of(study), SHOTS, size_of(study).middle)
+        rows.append(attention_row(study, model, looked))
+    return rows
+
+
+def attention_row(study: Study, model: str, looked: Mapping[str, Any]) -> Finding:
+    """Where the model looks before it answers."""
+    tasks = list(looked)
+    text, tokens, every = (
+        per_task(looked, name) for name in ("text of the attention", "text of the tokens", "demonstrations")
+    )
+    seeds = len(next(iter(text.values())).values)
+    return finding(
+        PART,
+        over_both(text, tokens),
+        claim=LOOKED,
+        source="AIM, figure 3",
+        model=model,
+        setting=f"{', '.join(tasks)}; {size_of(study).middle} demonstrations as turns; all heads of all layers, at the "
+        "last token of the prompt",
+        values={
+            "text's share of the attention on demonstrations": mean(text),
+            "of their tokens": mean(tokens),
+            "attention on demonstrations, of all": mean(every),
+        },
+        seeds=seeds,
+        note="the paper shows one map of one prompt; tokens of the template are neither text nor image",
+    )
 
 
 def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
@@ -73,27 +109,34 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
         (asked_of(study), f"{', '.join(asked_of(study))}: accuracy", "accuracy"),
         ((DESCRIBED,), f"{DESCRIBED}: CIDEr-D times 100", "CIDEr"),
     ):
-        none, icl, aim = answers(tasks, "zero-shot", "icl", "aim")
-        values = {"zero-shot": mean(none), "icl": mean(icl), "aim": mean(aim)}
+        none, icl, turns, word, aim = answers(tasks, "zero-shot", "icl", "icl-turns", "icl-none", "aim")
         kind = "captions" if unit == "CIDEr" else "questions"
         setting = f"{what}, {middle} demonstrations"
-        rows += [
-            row(
-                f"Demonstrations in the prompt degrade a single-image model ({kind})",
-                "section 1",
-                setting,
-                over_both(none, icl),
-                {name: values[name] for name in ("zero-shot", "icl")},
-                f"{images}; {CUE}",
-            ),
-            row(
-                f"Fused tokens repair what demonstrations in the prompt break ({kind})",
-                "sections 3 and 4",
-                setting,
-                over_both(aim, icl),
-                values,
-                f"{trained}; {CUE}",
-            ),
+        values = {"zero-shot": mean(none), "aim": mean(aim)}
+        in_prompt = {"icl": mean(icl), "the word alone": mean(word)}
+        for shown, theirs, how, note in (
+            (icl, in_prompt, "in the prompt", CUE),
+            (turns, {"icl-turns": mean(turns)}, "as turns of a conversation", ""),
+        ):
+            rows += [
+                row(
+                    f"Demonstrations {how} degrade a single-image model ({kind})",
+                    "section 1",
+                    setting,
+                    over_both(none, shown),
+                    {"zero-shot": values["zero-shot"], **theirs},
+                    "; ".join(filter(None, [images, note])),
+                ),
+                row(
+                    f"Fused tokens repair what demonstrations {how} break ({kind})",
+                    "sections 3 and 4",
+                    setting,
+                    over_both(aim, shown),
+                    {**values, **theirs},
+                    "; ".join(filter(None, [trained, note])),
+                ),
+            ]
+        rows.append(
             row(
                 f"Fused tokens are better than no demonstrations ({kind})",
                 "section 4",
@@ -101,11 +144,11 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 over_both(aim, none),
                 values,
                 "the question says all that must be known; no document of the training is of this kind",
-            ),
-        ]
+            )
+        )
     for names, kind in ((drawn, "the projection was trained on this kind"), (digits, "digits, new to the projection")):
-        none, icl, aim = answers(names, "zero-shot", "icl", "aim")
-        values = {"zero-shot": mean(none), "icl": mean(icl), "aim": mean(aim)}
+        none, icl, turns, aim = answers(names, "zero-shot", "icl", "icl-turns", "aim")
+        values = {"zero-shot": mean(none), "icl": mean(icl), "icl-turns": mean(turns), "aim": mean(aim)}
         setting = f"{len(names)} tasks whose question does not say what is meant, {middle} demonstrations"
         rows += [
             row(
@@ -123,6 +166,23 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 over_both(aim, icl),
                 values,
                 f"{trained}; see the row before whether anything is taught",
+            ),
+            row(
+                f"Where demonstrations alone tell what is meant, fused tokens teach more than turns of a conversation "
+                f"({kind})",
+                "section 4",
+                setting,
+                over_both(aim, turns),
+                values,
+                trained,
+            ),
+            row(
+                f"Turns of a conversation teach what only demonstrations say: better than none ({kind})",
+                "a control",
+                setting,
+                over_both(turns, none),
+                values,
+                images,
             ),
         ]
     every = [*drawn, *digits]
@@ -200,6 +260,18 @@ def cost_rows(found: Measured, row: Callable[..., Finding], every: Sequence[str]
     ]
 
 
+REASONS = {
+    "Fused tokens are better than no demonstrations (questions)": "The question says all; what stands before it can "
+    "only disturb, and the projection was trained where demonstrations were needed.",
+    "Fused tokens are better than no demonstrations (captions)": "No document of the training has a caption: tokens "
+    "fused for short answers draw short answers.",
+    LOOKED: "These models learned to name what is in a picture: answers are in images, and their heads look there.",
+    "More demonstrations help fused tokens": "Accuracy is much the same from 1 to 8: what is taught is the kind of "
+    "answer, which one demonstration shows.",
+}
+"""What one thinks of claims that do not hold."""
+
+
 def tables(study: Study) -> list[Table]:
     """Accuracy and costs by number of demonstrations, and by task."""
     size = size_of(study)
@@ -223,7 +295,7 @@ def tables(study: Study) -> list[Table]:
                 )
         names = [*(name for tasks in found.unsaid.values() for name in tasks), *asked_of(study), DESCRIBED]
         for name in names:
-            of_task = [f"{mean(found.answers([name], m, size.middle)):.1f}" for m in ("zero-shot", "icl", "aim")]
+            of_task = [f"{mean(found.answers([name], method, size.middle)):.1f}" for method in METHODS]
             by_task.append((model, name, *of_task))
     head = "model", "scenes", "demonstrations"
     return [
@@ -244,9 +316,10 @@ def tables(study: Study) -> list[Table]:
         ),
         Table(
             f"AIM by task, {size.middle} demonstrations",
-            ("model", "task", "zero-shot", "icl", "aim"),
+            ("model", "task", *METHODS),
             tuple(by_task),
-            "Accuracy in %; of captions CIDEr-D times 100. Tasks that stand in the tables of Sparse Attention Vectors "
+            "Accuracy in %; of captions CIDEr-D times 100. `icl-none`: the layout of `icl` without demonstrations. "
+            "Tasks that stand in the tables of Sparse Attention Vectors "
             f"are asked {size.others} queries of each seed here, after other demonstrations.",
         ),
     ]

@@ -24,7 +24,7 @@ import numpy as np
 
 import sav_jax
 from sav_jax.aim import Aim, DemonstrationBank, after_demonstrations, cache_bytes_per_token, load_aim
-from sav_jax.eval.methods.icl import draw_balanced, with_demonstrations
+from sav_jax.eval.methods.icl import draw_balanced, in_turns, with_demonstrations
 from sav_jax.eval.metrics import Answers as GivenAnswers
 from sav_jax.eval.metrics import Units
 from sav_jax.eval.parsing import parse_answer
@@ -146,22 +146,31 @@ def unsaid_tasks(size: Size) -> dict[str, list[Task]]:
     }
 
 
+LAYOUTS = {"icl": with_demonstrations, "icl-none": with_demonstrations, "icl-turns": in_turns}
+
 Cell = dict[str, dict[str, Any]]
 """Method -> task -> {"values", "clusters", "facts"}: what queries scored, and what their prompts cost."""
 
 
 def answered(
-    lmm: LMM, tasks: Sequence[Task], methods: Sequence[str], number: int, seed: int, bank: DemonstrationBank, size: Size
+    lmm: LMM,
+    tasks: Sequence[Task],
+    methods: Sequence[str],
+    number: int,
+    seed: int,
+    bank: DemonstrationBank | None,
+    size: Size,
 ) -> Cell:
     """What is scored, query by query, after the demonstrations that ``sav-jax eval`` chooses, and what prompts cost.
 
     Args:
       lmm: the model.
       tasks: what is asked.
-      methods: "zero-shot", "icl", "aim", as there; all that is written is read as there.
+      methods: "zero-shot", "icl", "icl-turns", "aim", as there; "icl-none": the layout of "icl" without demonstrations.
+        All that is written is read as there.
       number: of demonstrations.
       seed: of support, queries and demonstrations.
-      bank: of virtual tokens.
+      bank: of virtual tokens, for "aim".
       size: how many queries.
     """
     cell: Cell = {}
@@ -172,9 +181,11 @@ def answered(
             targets = np.array([0 if task.generative else split.labels.index(item.label) for item in split.support])
             chosen = [split.support[row] for row in draw_balanced(targets, number, np.random.default_rng(seed))]
             queries = [item.example for item in split.queries]
-            if method == "icl":
-                queries = [with_demonstrations(task, chosen, query) for query in queries]
+            if method in LAYOUTS:
+                shown = [] if method == "icl-none" else chosen
+                queries = [LAYOUTS[method](task, shown, query) for query in queries]
             elif method == "aim":
+                assert bank is not None
                 tokens = bank.get([replace(item.example, label=task.answer(item.label)) for item in chosen])
                 queries = [after_demonstrations(query, tokens, bank.aim.layout) for query in queries]
             asked.append(queries)
@@ -276,12 +287,25 @@ def measured(study: Study, model: str) -> Measured:
         name = f"{PART}/{model}/seed-{seed}"
         for number in size.numbers:
             one = study.kept(f"{name}-demonstrations-{number}", cell(every, number, seed, "icl", "aim"), **facts)
+            if number == middle:  # the layout that these models know, and that of "icl" without demonstrations
+                further = cell(every, number, seed, "icl-turns", "icl-none")
+                one |= study.kept(f"{name}-layouts-{number}", further, **facts)
             cells[number].append(one)
         both = [
             study.kept(f"{name}-{what}", cell(tasks, middle, seed, "zero-shot", "icl", "aim"), **facts)
             for what, tasks in (("asked", asked), ("captions", captions))
         ]
-        others.append({method: of | both[1][method] for method, of in both[0].items()})
+        layouts = [
+            study.kept(f"{name}-layouts-{what}", cell(tasks, middle, seed, "icl-turns", "icl-none"), **facts)
+            for what, tasks in (("asked", asked), ("captions", captions))
+        ]
+        others.append(
+            {
+                method: of_asked | captioned[method]
+                for of, captioned in (both, layouts)
+                for method, of_asked in of.items()
+            }
+        )
 
     def spent(seed: int) -> Callable[[], dict[str, Any]]:
         return lambda: costs(

@@ -23,6 +23,7 @@ from scripts.reproduction.study import (
     results_of,
 )
 from scripts.reproduction.tower import TOWER, WITH_WORDS, towers
+from scripts.reproduction.variants import lora_elsewhere, losses, varied
 
 PAPER = "arXiv 2412.00142"
 MARGIN = 1.0
@@ -47,7 +48,7 @@ NEW = ("drawn-safety", "digits", "digits-scattered")
 HEADLINES = (
     "SAVs beat asking the model, whose likeliest of the offered answers is taken.",
     "SAVs beat asking the model where its training never went.",
-    "SAVs beat in-context learning with 4 demonstrations (likeliest answer).",
+    "SAVs beat in-context learning with 4 demonstrations as turns of a conversation (likeliest answer).",
     "SAVs beat LoRA on the same examples.",
     f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.",
     "Twenty heads beat all heads voting.",
@@ -97,8 +98,39 @@ def asked(study: Study, model: str) -> Path:
 
 def in_context(study: Study, model: str) -> Path:
     """In-context learning, whose prompts are five times as long, on some of the queries."""
-    limit = 40 if study.quick else 100
-    return _eval(study, model, "icl", tasks_of(study), ("sav", "icl", "icl-likelihood"), limit)
+    return _eval(study, model, "icl", tasks_of(study), ("sav", "icl", "icl-likelihood"), shown_limit(study))
+
+
+def in_turns(study: Study, model: str) -> Path:
+    """In-context learning as turns of a conversation, which these models were trained on."""
+    return _eval(study, model, "icl-turns", tasks_of(study), ("icl-turns", "icl-turns-likelihood"), shown_limit(study))
+
+
+def without_demonstrations(study: Study, model: str) -> Path:
+    """The layout of in-context learning in one turn, without demonstrations: the word that ends it."""
+    none = "--demonstrations", "0"
+    return _eval(study, model, "icl-none", tasks_of(study), ("icl", "icl-likelihood"), shown_limit(study), *none)
+
+
+def asked_again(study: Study, model: str) -> Path:
+    """Zero-shot answers to the queries of in-context learning, which are fewer."""
+    return _eval(study, model, "icl-asked", tasks_of(study), ASKING, shown_limit(study))
+
+
+def vectors(study: Study, model: str) -> Path:
+    """Multimodal task vectors, which are looked for under every draw: on a few tasks."""
+    return _eval(study, model, "mtv", mtv_tasks(study), ("sav", "mtv", "mtv-likelihood"), shown_limit(study))
+
+
+def mtv_tasks(study: Study) -> tuple[str, ...]:
+    """Tasks of claims about task vectors: naming, judging, checking."""
+    every = ("digits-scattered", "drawn-safety", "drawn-hallucination")
+    return tuple(task for task in every[: 1 if study.quick else None] if task in tasks_of(study))
+
+
+def shown_limit(study: Study) -> int:
+    """Queries with demonstrations, whose prompts are long."""
+    return 40 if study.quick else 100
 
 
 def tuned(study: Study, model: str) -> Path:
@@ -181,16 +213,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         "gain is that of drawn-safety, where asking is below chance: see the accuracies by task. `drawn-styles`, which "
         "training never asked either, is not among these tasks: there neither side is above chance (world.md).",
     )
-    folder = in_context(study, model)
-    few, setting = methods_of(folder, "sav", tasks), f"{many}, 4 demonstrations"
-    for method, how in (("icl", "written answers"), ("icl-likelihood", "likeliest answer")):
-        claim = f"SAVs beat in-context learning with 4 demonstrations ({how})."
-        note = (
-            "No prompt of these models' training had demonstrations or ended in the word `Answer:` as this rival's do: "
-            "it is weak. That word alone, before any demonstration, takes most written answers away, and some of the "
-            "likeliest ([methods-models.md](methods-models.md)); no row tells the two apart yet."
-        )
-        add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method), note=note)
+    _demonstrations(study, model, add, many)
     heads = rescored(study, model)
     twenty, every = per_task(heads, f"{HEADS} heads"), per_task(heads, "all heads")
     curve = {f"{n} heads": per_task(heads, f"{n} heads") for n in NUMBERS} | {"all heads": every}
@@ -222,6 +245,17 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         twenty,
         one,
         names=("20 heads", "1 head"),
+    )
+    layers = {n: per_task(varied(study, model), f"{n} layers") for n in range(1, 1 + heads_of(model)[0])}
+    add(
+        "Choosing twenty heads beats choosing whole layers.",
+        "heads or layers (the code's notes)",
+        f"{many}; the best 2 layers, each one vector, chosen and voting as heads do",
+        twenty,
+        layers[2],
+        names=("20 heads", "2 layers"),
+        curve={"20 heads": mean(twenty), **{f"{n} layers": mean(of) for n, of in layers.items()}},
+        note="The best number of layers is not known before: the figures have all.",
     )
     random = per_task(heads, "random heads")
     setting = f"{many}; against the mean of twenty random sets"
@@ -283,7 +317,102 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         note="LoRA's rate and steps are fixed here, not chosen on the examples as `sav-jax eval` does by default. "
         "With a chosen rate it is ahead on another task, the parity of digits (training.md).",
     )
-    yield from found
+    if pairs := [pair for pair in SIMILAR if set(pair) <= set(tasks)]:
+        targets = [target for _, target in pairs]
+        tuned_on = lora_elsewhere(study, model, tuple(pairs))
+        own, borrowed = (
+            {t: per_task(tuned_on, f"lora of {n}", [t])[t] for n, t in names}
+            for names in ([(target, target) for target in targets], pairs)
+        )
+        heads_own = per_task(heads, f"{HEADS} heads", targets)
+        heads_borrowed = {t: per_task(heads, f"heads of {source}", [t])[t] for source, t in pairs}
+        add(
+            "Heads chosen on a similar task lose less than LoRA tuned on it.",
+            "cross-task generalisation",
+            f"{'; '.join(' to '.join(pair) for pair in pairs)}; of either what is lost against one's own task",
+            losses(heads_own, heads_borrowed),
+            losses(own, borrowed),
+            names=("heads' change", "LoRA's change"),
+            values={
+                "borrowed heads": mean(heads_borrowed),
+                "own heads": mean(heads_own),
+                "LoRA of another task": mean(borrowed),
+                "own LoRA": mean(own),
+            },
+            note="Borrowed heads have class means of the task's own examples, as in the paper; of these LoRA saw none.",
+        )
+        yield from found
+    if some := mtv_tasks(study):
+        found.clear()
+        folder = vectors(study, model)
+        sav_again = methods_of(folder, "sav", some)
+        for method, how in (("mtv", "written answers"), ("mtv-likelihood", "likeliest answer")):
+            add(
+                f"SAVs beat multimodal task vectors on the same examples ({how}).",
+                main,
+                f"{', '.join(some)}; {SHOTS} shots",
+                sav_again,
+                methods_of(folder, method, some),
+                names=("sav", method),
+                note="Means over 100 prompts of 4 demonstrations, whose last word is `Answer:`; a search of 150 steps.",
+            )
+        yield from found
+
+
+def _demonstrations(study: Study, model: str, add: Callable[..., None], many: str) -> None:
+    """In-context learning in both layouts, and what the layouts alone do."""
+    main, tasks = "main table", tasks_of(study)
+    turns, one, none, asked_too = (
+        of(study, model) for of in (in_turns, in_context, without_demonstrations, asked_again)
+    )
+    sav = methods_of(one, "sav", tasks)
+    setting = f"{many}, 4 demonstrations"
+    kinds = ("", "written answers"), ("-likelihood", "likeliest answer")
+    for kind, how in kinds:
+        add(
+            f"SAVs beat in-context learning with 4 demonstrations as turns of a conversation ({how}).",
+            main,
+            setting,
+            sav,
+            methods_of(turns, f"icl-turns{kind}", tasks),
+            names=("sav", f"icl-turns{kind}"),
+            note=_NO_DEMONSTRATIONS,
+        )
+    for kind, how in kinds:
+        add(
+            f"SAVs beat in-context learning with 4 demonstrations in one turn ({how}).",
+            main,
+            setting,
+            sav,
+            methods_of(one, f"icl{kind}", tasks),
+            names=("sav", f"icl{kind}"),
+            note=f"{_NO_DEMONSTRATIONS} Prompts end in the word `Answer:`, which they never learned: see the next row.",
+        )
+    for kind, how in kinds:
+        asked_alone = methods_of(asked_too, f"zero-shot{kind}", tasks)
+        layout = methods_of(none, f"icl{kind}", tasks)
+        shown = methods_of(one, f"icl{kind}", tasks)
+        in_turn = methods_of(turns, f"icl-turns{kind}", tasks)
+        add(
+            f"The layout in one turn harms without any demonstration ({how}).",
+            "a control",
+            f"mean of {len(tasks)} tasks: zero-shot against the same question with `Answer:` behind it",
+            asked_alone,
+            layout,
+            names=(f"zero-shot{kind}", "with the word alone"),
+            values={"with the word and 4 demonstrations": mean(shown)},
+        )
+        add(
+            f"Demonstrations harm beside their layout: 4 as turns of a conversation are worse than none ({how}).",
+            "a control",
+            f"mean of {len(tasks)} tasks: zero-shot against the same question after 4 answered ones",
+            asked_alone,
+            in_turn,
+            names=(f"zero-shot{kind}", f"icl-turns{kind}"),
+        )
+
+
+_NO_DEMONSTRATIONS = "No prompt of these models' training had demonstrations: this rival is weak."
 
 
 def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:

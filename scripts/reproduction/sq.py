@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sav_jax
+from sav_jax.eval.tasks import find_tasks
 from sav_jax.lmm import LMM
 from sav_jax.models.decoder import read_at
 from sav_jax.models.llava import LlavaConfig
@@ -32,6 +33,8 @@ from sav_jax.train.tune import form_of, tune
 from sav_jax.world.questions import QA
 from sav_jax.world.scene import draw, sample_scene
 from sav_jax.world.shapes import SHAPES
+from scripts.reproduction import aim_measured
+from scripts.reproduction.aim_measured import answered
 from scripts.reproduction.study import Answers, Finding, Study, Table, finding
 from scripts.reproduction.trained import mean, over_both, quiet, trainings
 
@@ -70,12 +73,19 @@ CLAIMS = (
 )
 
 
+PLAIN = Arm(questions=False, vision=False)
+"""None of the parts: instruction tuning of the language model and the projector."""
+TOGETHER = "All parts together beat plain tuning"
+CAPTIONS = "Tuned with all parts, a model captions better than after plain tuning"
+
 REASONS = {
     CLAIMS[0][1]: "Trainings gain unlike amounts (see by seed): with three of them the interval is wide.",
     CLAIMS[1][1]: "The tower of these models was trained on this very world and sees what is asked; the paper's is "
     "CLIP's.",
     CLAIMS[2][1]: "A fresh extractor changes what the language model has learned to read; the paper's has a stage of "
     "training of its own before.",
+    CAPTIONS: "Neither training has a caption in it (see the table for what is left of them); the paper's learn from "
+    "hundreds of thousands of conversations, descriptions among them.",
 }
 
 
@@ -197,8 +207,18 @@ def recipe_of(size: Size, arm: Arm, seed: int) -> Recipe:
     )
 
 
-def cell(study: Study, load: Callable[[], LMM], model: str, arm: Arm, seed: int) -> dict[str, Units]:
-    """What a trained model was measured to do, now or before."""
+def captions(study: Study, lmm: LMM) -> dict[str, Units]:
+    """CIDEr-D of what it writes about held-out pictures that it is asked to describe."""
+    size = aim_measured.size_of(study)
+    (task,) = find_tasks(aim_measured.DESCRIBED)
+    of = answered(lmm, [task], ("zero-shot",), 0, 0, None, size)["zero-shot"][task.name]
+    return {"captions": list(zip(of["clusters"], of["values"], strict=True))}
+
+
+def cell(
+    study: Study, load: Callable[[], LMM], model: str, arm: Arm, seed: int, captioned: bool = False
+) -> dict[str, Units]:
+    """What a trained model was measured to do, now or before; ``captioned``: its captions, too."""
     size = size_of(study)
 
     def compute() -> dict[str, Units]:
@@ -210,10 +230,11 @@ def cell(study: Study, load: Callable[[], LMM], model: str, arm: Arm, seed: int)
         with quiet():
             lmm = tune(lmm, training_chats(size.rows, seed), recipe_of(size, arm, seed), folder, progress=False)
         shutil.rmtree(folder)
-        return measured(lmm, size)
+        return measured(lmm, size) | (captions(study, lmm) if captioned else {})
 
     facts = dataclasses.asdict(size) | {"recipe": recipe_of(size, arm, seed).facts(), "prototypes": arm.prototypes}
-    return study.kept(f"{PART}/{model}/{arm.name}-{seed}", compute, **facts)
+    name = f"{'captions-' if captioned else ''}{arm.name}-{seed}"
+    return study.kept(f"{PART}/{model}/{name}", compute, **facts)
 
 
 def measured(lmm: LMM, size: Size) -> dict[str, Units]:
@@ -225,11 +246,25 @@ def measured(lmm: LMM, size: Size) -> dict[str, Units]:
     }
 
 
-Cells = Mapping[Arm | None, Sequence[Mapping[str, Units]]]
-"""Arm (None: before training) -> what was measured under each seed."""
+@dataclass(frozen=True)
+class Cells:
+    """What was measured of a model.
+
+    Attributes:
+      arms: arm (None: before training) -> what was measured under each seed.
+      described: the same of no training, of all parts that the model's layout has and of none of them, captions too.
+    """
+
+    arms: Mapping[Arm | None, Sequence[Mapping[str, Units]]]
+    described: Mapping[Arm | None, Sequence[Mapping[str, Units]]]
+
+    @property
+    def whole(self) -> Arm:
+        """All parts."""
+        return Arm(prototypes=any(arm is not None and arm.prototypes for arm in self.arms))
 
 
-def cells(study: Study, model: str) -> dict[Arm | None, list[dict[str, Units]]]:
+def cells(study: Study, model: str) -> Cells:
     """All arms that a model's layout has, seed by seed."""
     size = size_of(study)
 
@@ -244,7 +279,11 @@ def cells(study: Study, model: str) -> dict[Arm | None, list[dict[str, Units]]]:
     for arm in arms:
         if fits or not arm.prototypes:
             found[arm] = [cell(study, load, model, arm, seed) for seed in trainings(study)]
-    return found
+    untold = study.kept(f"{PART}/{model}/captions-untrained", lambda: captions(study, load()))
+    described: dict[Arm | None, list[dict[str, Units]]] = {None: [before | untold]}
+    for arm in (Arm(prototypes=fits), PLAIN):
+        described[arm] = [cell(study, load, model, arm, seed, captioned=True) for seed in trainings(study)]
+    return Cells(found, described)
 
 
 def answers(of: Sequence[Mapping[str, Units]], what: str) -> dict[str, Answers]:
@@ -262,44 +301,80 @@ def rows_of(study: Study, model: str, found: Cells) -> list[Finding]:
     """The rows of a model."""
     size = size_of(study)
     setting = f"new names of shapes, {size.scenes} held-out scenes; {size.steps} steps of 8 conversations"
+    seeds = len(trainings(study))
+
+    def row(claim: str, names: Sequence[str], better: Any, worse: Any, what: str = "accuracy", **rest: Any) -> Finding:
+        known: dict[str, Any] = {"part": PART, "claim": claim, "source": "SQ-LLaVA, ablation table", "model": model}
+        one, other = answers(better, what), answers(worse, what)
+        values = dict(zip(names, (mean(one), mean(other)), strict=True))
+        return finding(
+            **{**known, "setting": setting, "values": values, "seeds": seeds}
+            | rest
+            | {"interval": over_both(one, other)}
+        )
+
+    def losses(*arms: Sequence[Mapping[str, Units]]) -> str:
+        one, other = (answers(of, "answer_loss")["answer_loss"].mean / 100 for of in arms)
+        return f"loss of answers in conversations {one:.3f} and {other:.3f} nats per token"
+
     rows = []
     for part, claim, with_it, without in CLAIMS:
-        whole: dict[str, Any] = {"part": PART, "claim": claim, "source": "SQ-LLaVA, ablation table"}
-        whole |= {"model": model, "setting": setting}
-        if with_it not in found:
+        if with_it not in found.arms:
             nothing: dict[str, Any] = {"values": {}, "difference": None, "low": None, "high": None, "seeds": 0}
-            rows.append(Finding(**whole, **nothing, note="the layout has no place for a prototype extractor"))
+            known: dict[str, Any] = {"part": PART, "claim": claim, "source": "SQ-LLaVA, ablation table"}
+            note = "the layout has no place for a prototype extractor"
+            rows.append(Finding(**known, model=model, setting=setting, **nothing, note=note))
             continue
-        better, worse = (answers(found[arm], "accuracy") for arm in (with_it, without))
-        losses = [np.mean(answers(found[arm], "answer_loss")["answer_loss"].mean) / 100 for arm in (with_it, without)]
-        rows.append(
-            finding(
-                interval=over_both(better, worse),
-                **whole,
-                values={f"with {part}": mean(better), f"without {part}": mean(worse)},
-                seeds=len(trainings(study)),
-                note=f"loss of answers in conversations {losses[0]:.3f} and {losses[1]:.3f} nats per token"
-                + ("; favourable by design: only questions hold the new names" if part == "questions" else ""),
-            )
+        better, worse = found.arms[with_it], found.arms[without]
+        note = losses(better, worse)
+        note += "; favourable by design: only questions hold the new names" if part == "questions" else ""
+        rows.append(row(claim, (f"with {part}", f"without {part}"), better, worse, note=note))
+    better, worse = found.described[found.whole], found.described[PLAIN]
+    names = ("all parts", "none")
+    note = f"{_parts(found.whole)}; {losses(better, worse)}"
+    rows.append(row(TOGETHER, names, better, worse, note=note, source="SQ-LLaVA, main table"))
+    rows.append(
+        row(
+            CAPTIONS,
+            names,
+            better,
+            worse,
+            "captions",
+            setting=f"{aim_measured.DESCRIBED}, CIDEr-D times 100, after the same trainings",
+            note=f"before them {mean(answers(found.described[None], 'captions')):.1f}",
+            source="SQ-LLaVA, section on captions",
         )
+    )
     return rows
+
+
+def _parts(arm: Arm) -> str:
+    there = [name for name, field in zip(PARTS, dataclasses.astuple(arm), strict=True) if field]
+    return f"all parts that the layout has: {', '.join(there)}"
+
+
+PARTS = "questions", "prototypes", "vision LoRA"
 
 
 def tables(study: Study) -> list[Table]:
     """The ablation table: every arm."""
     rows = []
     for model in study.models:
-        for arm, of in cells(study, model).items():
+        found = cells(study, model)
+        for arm, of in {**found.arms, PLAIN: found.described[PLAIN]}.items():
             by_seed = ", ".join(f"{100 * value.mean():.1f}" for value in answers(of, "accuracy")["accuracy"].values)
             losses = [f"{answers(of, what)[what].mean / 100:.3f}" for what in MEASURES[1:]]
             parts = ["no training"] * 3 if arm is None else [("-", "yes")[x] for x in dataclasses.astuple(arm)]
-            rows.append((model, *parts, f"{mean(answers(of, 'accuracy')):.1f}", by_seed, *losses))
-    head = ("model", "questions", "prototypes", "vision LoRA", "accuracy of new names, %", "by seed")
+            told = found.described.get(arm)
+            cider = "" if told is None else f"{mean(answers(told, 'captions')):.1f}"
+            rows.append((model, *parts, f"{mean(answers(of, 'accuracy')):.1f}", by_seed, *losses, cider))
+    head = ("model", *PARTS, "accuracy of new names, %", "by seed")
     return [
         Table(
             "SQ-LLaVA: what each part adds",
-            (*head, "loss of answers", "loss of questions"),
+            (*head, "loss of answers", "loss of questions", "captions"),
             tuple(rows),
-            "Losses in nats per token. Language model and projector train in every arm.",
+            "Losses in nats per token; captions of `drawn-captions`, CIDEr-D times 100, where they were asked for. "
+            "Language model and projector train in every arm.",
         )
     ]

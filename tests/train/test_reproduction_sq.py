@@ -53,30 +53,45 @@ def test_losses_of_answers_are_those_of_the_options(tiny: sav_jax.LMM) -> None:
 
 
 def cells(shift: float) -> sq.Cells:
-    """Every arm, of which those with questions, with prototypes, without updates are ahead by ``shift``."""
+    """Every arm, of which those with questions, with prototypes, without updates are ahead by ``shift``; captions of
+    all parts are behind.
+    """
     rng = np.random.default_rng(0)
 
-    def cell(arm: sq.Arm | None) -> dict[str, sq.Units]:
+    def cell(arm: sq.Arm | None, *more: str) -> dict[str, sq.Units]:
         ahead = 0.0 if arm is None else shift * (arm.questions + arm.prototypes - arm.vision)
         right = rng.random(200) < 0.5 + ahead
-        return {what: [(str(i), float(x)) for i, x in enumerate(right)] for what in sq.MEASURES}
+        found = {what: [(str(i), float(x)) for i, x in enumerate(right)] for what in sq.MEASURES}
+        return found | {
+            name: [(str(i), float(x)) for i, x in enumerate(rng.random(200) < 0.5 - ahead)] for name in more
+        }
 
     arms = {arm for *_, a, b in sq.CLAIMS for arm in (a, b)}
-    return {arm: [cell(arm) for _ in range(3)] for arm in (None, *arms)}
+    return sq.Cells(
+        {arm: [cell(arm) for _ in range(3)] for arm in (None, *arms)},
+        {arm: [cell(arm, "captions") for _ in range(3)] for arm in (None, sq.Arm(prototypes=True), sq.Arm(), sq.PLAIN)},
+    )
 
 
 def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study(tmp_path)
     verdicts = [row.verdict for row in sq.rows_of(study, "tiny", cells(0.2))]
-    assert verdicts == ["holds", "does not hold", "holds"]
-    without = {arm: of for arm, of in cells(0.2).items() if arm is None or not arm.prototypes}
+    assert verdicts == ["holds", "does not hold", "holds", "holds", "does not hold"]
+    found = cells(0.2)
+    assert found.whole == sq.Arm(prototypes=True)
+    without = sq.Cells(
+        {arm: of for arm, of in found.arms.items() if arm is None or not arm.prototypes}, found.described
+    )
+    assert without.whole == sq.Arm()
     rows = sq.rows_of(study, "tiny-qwen", without)
-    assert [row.verdict for row in rows] == ["holds", "does not hold", "not testable"]
+    assert [row.verdict for row in rows] == ["holds", "does not hold", "not testable", "undecided", "undecided"]
     assert "no place" in rows[2].note
-    monkeypatch.setattr(sq, "cells", lambda *_: cells(0.2))
+    assert "prototypes" not in rows[3].note
+    monkeypatch.setattr(sq, "cells", lambda *_: found)
     (table,) = sq.tables(Study(tmp_path, models=("tiny",)))
     assert {len(line) for line in table.rows} == {len(table.head)}
-    assert len(table.rows) == 5  # four arms, and no training
+    assert len(table.rows) == 6  # four arms, none of the parts, and no training
+    assert [line[-1] != "" for line in table.rows].count(True) == 4
 
 
 def test_a_cell_is_trained_once(tiny: sav_jax.LMM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +108,13 @@ def test_a_cell_is_trained_once(tiny: sav_jax.LMM, tmp_path: Path, monkeypatch: 
     assert sq.cell(study, lambda: tiny, "tiny", arm, 0) == found
     with pytest.raises(AssertionError, match="again"):
         sq.cell(study, lambda: tiny, "tiny", sq.Arm(vision=False), 0)
+    with pytest.raises(AssertionError, match="again"):
+        sq.cell(study, lambda: tiny, "tiny", arm, 0, captioned=True)
+
+
+def test_captions_are_those_of_the_task(tiny: sav_jax.LMM, tmp_path: Path) -> None:
+    """A model that was trained on captions has some; every query is scored once."""
+    study = Study(tmp_path, models=("tiny",), seeds=(0,), quick=True, say=lambda _: None)
+    (units,) = sq.captions(study, tiny).values()
+    assert len(units) == len({name for name, _ in units}) == 16
+    assert np.mean([value for _, value in units]) > 1
