@@ -190,7 +190,7 @@ def load(
     left_out = is_lm_head if not lm_head and adapter is None else None
     params = load_params(directory, arch.table, abstract, dtype, sharding, left_out)
     processor = load_processor(directory, raw)
-    fingerprint = hashlib.sha256(f"{weights_digest(directory)} {_settings_digest(directory, raw)}".encode()).hexdigest()
+    fingerprint = checkpoint_fingerprint(directory)
     name = str(path)
     if adapter is not None:
         name = f"{path} + {adapter}"
@@ -333,6 +333,16 @@ def _lasting(config: Any) -> Any:
     if isinstance(config, Mapping):
         return {key: _lasting(value) for key, value in config.items() if key not in _IDLE_SETTINGS}
     return config
+
+
+def checkpoint_fingerprint(directory: Path) -> str:
+    """The fingerprint that a model loaded from this directory has (:class:`LMM`), from its files alone.
+
+    Raises:
+        UserError: config or weights are missing or damaged.
+    """
+    settings = _settings_digest(directory, read_config(directory))
+    return hashlib.sha256(f"{weights_digest(directory)} {settings}".encode()).hexdigest()
 
 
 def weights_digest(directory: Path) -> str:

@@ -329,7 +329,7 @@ def made_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(heads, "read_examples", read)
     monkeypatch.setattr(rescoring, "read_examples", read)
-    monkeypatch.setattr(rescoring.sav_jax, "load", lambda _: None)
+    monkeypatch.setattr(study.Study, "load", lambda *_: None)
     monkeypatch.setattr(study.Study, "command", lambda self, name, *_, **__: self.output / name)
     monkeypatch.setattr(study.Study, "finished", lambda *_: True)
     for part in (savs, beyond):

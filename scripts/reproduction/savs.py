@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from sav_jax.errors import UserError
 from scripts.reproduction.drawing import Line, curves, matrix
 from scripts.reproduction.heads import HEADS, per_task
-from scripts.reproduction.rescoring import NUMBERS, SHOTS, heads_of, rescored, tasks_of
+from scripts.reproduction.rescoring import NUMBERS, SHOTS, heads_of, rescored, tasks_of, with_shots
 from scripts.reproduction.study import (
     OUTPUT,
     Answers,
@@ -20,9 +21,11 @@ from scripts.reproduction.study import (
     answers_of,
     difference,
     finding,
+    means_of,
     results_of,
+    untested,
 )
-from scripts.reproduction.tower import TOWER, WITH_WORDS, towers
+from scripts.reproduction.tower import TOWER, WITH_WORDS, asked_differently, towers
 
 PAPER = "arXiv 2412.00142"
 MARGIN = 1.0
@@ -39,7 +42,7 @@ SIMILAR = (
 """Heads of the first serve the second: naming digits, and checking what is said about a picture."""
 
 WITH_TEXT = ("drawn-hallucination", "drawn-paired", "drawn-multiimage")
-"""Tasks whose answer depends on the question as much as on the image."""
+"""Of the study's own tasks those whose answer depends on the question as much as on the image."""
 
 NEW = ("drawn-safety", "digits", "digits-scattered")
 """What the bundled models were never asked, or never shown."""
@@ -87,7 +90,9 @@ REASONS: dict[str, str] = {
 
 def lora_tasks(study: Study) -> tuple[str, ...]:
     """LoRA is trained for every draw: on a few tasks."""
-    return ("drawn-safety",) if study.quick else ("drawn-safety", "digits-scattered")
+    few = ("drawn-safety",) if study.quick else ("drawn-safety", "digits-scattered")
+    tasks = tasks_of(study)
+    return tuple(task for task in few if task in tasks) or tasks[: len(few)]
 
 
 def asked(study: Study, model: str) -> Path:
@@ -112,9 +117,22 @@ def _eval(
 ) -> Path:
     seeds = ",".join(map(str, study.seeds))
     options = {"--shots": str(SHOTS), "--seeds": seeds, "--limit": str(limit)}
-    listed = {"--model": model, "--tasks": ",".join(tasks), "--methods": ",".join(methods), **options}
+    listed = {"--model": model, "--tasks": study.called(tasks), "--methods": ",".join(methods), **options}
+    if study.data_dir is not None:
+        listed["--data-dir"] = str(study.data_dir)
     words = [word for pair in listed.items() for word in pair]
     return study.command(f"savs/{model}/{name}", ["eval", *words, *further, "--output-path", OUTPUT])
+
+
+def prepare(study: Study) -> None:
+    """Run all commands, of which LoRA may be too much for a large model: the rest of the study does without."""
+    for model in study.models:
+        asked(study, model)
+        in_context(study, model)
+        try:
+            tuned(study, model)
+        except UserError as error:
+            study.say(f"error: {error}")
 
 
 def measure(study: Study) -> Iterator[Finding]:
@@ -130,7 +148,13 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
     def add(
         claim: str, source: str, setting: str, better: Mapping[str, Answers], worse: Mapping[str, Answers], **rest: Any
     ) -> None:
-        names = rest.pop("names")
+        names, missing = rest.pop("names"), rest.pop("missing", "")
+        if not better:  # with no word of what is missing, the claim is not about such a model
+            if not missing:
+                return
+            claimed = {"claim": claim, "source": f"{PAPER}, {source}", "model": model}
+            found.append(untested("savs", missing, setting=f"{SHOTS} shots", **claimed))
+            return
         values = rest.pop("curve", None) or {name: mean(of) for name, of in zip(names, (better, worse), strict=True)}
         values |= rest.pop("values", {})
         seeds = len(next(iter(better.values())).values)
@@ -149,7 +173,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
             )
         )
 
-    folder, many = asked(study, model), f"mean of {len(tasks)} tasks, {SHOTS} shots"
+    folder, many = asked(study, model), f"{means_of(tasks)}, {SHOTS} shots"
     sav = methods_of(folder, "sav", tasks)
     main = "main table"
     add(
@@ -169,7 +193,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         methods_of(folder, "zero-shot-likelihood", tasks),
         names=("sav", "zero-shot-likelihood"),
     )
-    new = [task for task in tasks if task in NEW]
+    ours = study.bundled(model)  # of others one does not know where training went
+    new = [task for task in tasks if ours and task in NEW]
     add(
         "SAVs beat asking the model where its training never went.",
         main,
@@ -177,6 +202,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         {task: sav[task] for task in new},
         methods_of(folder, "zero-shot-likelihood", new),
         names=("sav", "zero-shot-likelihood"),
+        missing=f"of tasks that training never asked, {', '.join(NEW)}, none is among these." if ours else "",
         note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). Most of the "
         "gain is that of drawn-safety, where asking is below chance: see the accuracies by task. `drawn-styles`, which "
         "training never asked either, is not among these tasks: there neither side is above chance (world.md).",
@@ -190,6 +216,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
             "it is weak. That word alone, before any demonstration, takes most written answers away, and some of the "
             "likeliest ([methods-models.md](methods-models.md)); no row tells the two apart yet."
         )
+        note = note if ours else ""
         add(claim, main, setting, few, methods_of(folder, method, tasks), names=("sav", method), note=note)
     heads = rescored(study, model)
     twenty, every = per_task(heads, f"{HEADS} heads"), per_task(heads, "all heads")
@@ -233,16 +260,19 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         random,
         names=("chosen", "random"),
     )
-    shots = {n: per_task(heads, f"{n} shots", sheet="shots") for n in NUMBERS}
     for more, less in ((20, 5), (50, 20)):
+        enough = with_shots(heads, more)
+        numbers = [n for n in NUMBERS if set(enough) <= set(with_shots(heads, n))]  # means of the same tasks
+        shots = {n: per_task(heads, f"{n} shots", enough, "shots") for n in numbers}
         add(
             f"More examples help: {more} of a class beat {less}.",
             "accuracy over examples per label",
-            f"mean of {len(tasks)} tasks, {HEADS} heads, the same queries",
+            f"{means_of(enough)}, {HEADS} heads, the same queries",
             shots[more],
             shots[less],
             names=(f"{more} shots", f"{less} shots"),
-            curve={f"{n} shots": mean(shots[n]) for n in NUMBERS},
+            curve={f"{n} shots": mean(of) for n, of in shots.items() if of},
+            missing=f"no task has {more} examples of each class and others to ask.",
         )
     _transfers(heads, add)
     folder = asked(study, model)
@@ -255,8 +285,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         add(claim, "choice of classifier", setting, sav, rival, names=("sav", method), margin=MARGIN)
 
     tower = towers(study, model)
-    with_text = [task for task in tasks if task in WITH_TEXT]
-    images = [task for task in tasks if task not in WITH_TEXT]
+    with_text = asked_differently(study, model, WITH_TEXT)
+    images = [task for task in tasks if task not in with_text]
     for name, which, what in (
         (TOWER, with_text, "the vision tower alone where the question matters"),
         (WITH_WORDS, with_text, "the tower's features with the question's behind them where the question matters"),
@@ -269,10 +299,16 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
             per_task(heads, f"{HEADS} heads", which),
             per_task(tower, name, which),
             names=("sav", name),
+            missing="no task asks different examples different questions."
+            if which is with_text
+            else "every task asks different examples different questions.",
         )
     yield from found
     found.clear()
-    folder, some = tuned(study, model), lora_tasks(study)  # last, as it takes longest
+    some = lora_tasks(study)
+    if study.special and not study.finished(f"savs/{model}/lora"):  # see prepare
+        some = ()
+    folder = tuned(study, model) if some else study.output  # last, as it takes longest
     add(
         "SAVs beat LoRA on the same examples.",
         main,
@@ -280,10 +316,14 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         methods_of(folder, "sav", some),
         methods_of(folder, "lora", some),
         names=("sav", "lora"),
-        note="LoRA's rate and steps are fixed here, not chosen on the examples as `sav-jax eval` does by default. "
-        "With a chosen rate it is ahead on another task, the parity of digits (training.md).",
+        missing=f"`sav-jax eval` could not train it; why is in savs/{model}/lora.log.",
+        note="LoRA's rate and steps are fixed here, not chosen on the examples as `sav-jax eval` does by default."
+        + ours * " With a chosen rate it is ahead on another task, the parity of digits (training.md).",
     )
     yield from found
+
+
+_NO_PAIR = f"of tasks that are alike ({'; '.join(f'{a} and {b}' for a, b in SIMILAR[::2])}), no two are among these."
 
 
 def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
@@ -300,7 +340,8 @@ def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
         borrowed,
         per_task(heads, "random heads", targets),
         names=("borrowed", "random"),
-        values={"own": mean(own)},
+        values={"own": mean(own)} if own else {},
+        missing=_NO_PAIR,
     )
     add(
         "Heads chosen on a similar task serve as well as the task's own: no more than 2 points below.",
@@ -310,6 +351,7 @@ def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
         own,
         names=("borrowed", "own"),
         margin=2.0,
+        missing=_NO_PAIR,
         note="The paper's own loss is 2.0 points one way and 13.8 the other.",
     )
 
@@ -372,8 +414,9 @@ def _by_task(study: Study, model: str) -> Table:
         for name, of in methods.items()
     ]
     note = (
-        f"{SHOTS} shots, {len(study.seeds)} seeds, {study.limit} queries of each at most (the [README](../README.md) "
-        "asks all of the digits); `icl` on fewer. `all heads`, `random heads` and `tower`: "
+        f"{SHOTS} shots, {len(study.seeds)} seeds, {study.limit} queries of each at most"
+        + " (the [README](../README.md) asks all of the digits)" * (not study.special)
+        + "; `icl` on fewer. `all heads`, `random heads` and `tower`: "
         "above; the others are methods of `sav-jax eval` ([methods.md](methods.md), "
         "[methods-models.md](methods-models.md)): `likeliest` is `zero-shot-likelihood`, layers are `centroid-...`."
     )
@@ -385,7 +428,7 @@ def plots(study: Study) -> list[Path]:
     found = {model: rescored(study, model) for model in study.models}
     by_heads, by_shots = [], []
     for model, heads in found.items():
-        points = [*((n, f"{n} heads") for n in NUMBERS), (heads_of(model)[0] * heads_of(model)[1], "all heads")]
+        points = [*((n, f"{n} heads") for n in NUMBERS), (int(np.prod(heads_of(study, model))), "all heads")]
         by_heads.append((model, _lines(heads, points, "sheet")))
         by_shots.append((model, _lines(heads, [(n, f"{n} shots") for n in NUMBERS], "shots")))
     tasks = tasks_of(study)
@@ -401,6 +444,11 @@ def plots(study: Study) -> list[Path]:
 
 
 def _lines(heads: Mapping[str, Any], points: Sequence[tuple[int, str]], sheet: str) -> list[Line]:
-    at = [place for place, _ in points]
-    lines = [Line(task, at, [per_task(heads, name, [task], sheet)[task].mean for _, name in points]) for task in heads]
-    return [*lines, Line("mean", at, np.mean([line.values for line in lines], axis=0).tolist(), thick=True)]
+    lines = []
+    for task in heads:
+        there = [(place, name) for place, name in points if name in heads[task][sheet]["values"]]
+        values = [per_task(heads, name, [task], sheet)[task].mean for _, name in there]
+        lines.append(Line(task, [place for place, _ in there], values))
+    fewest = min(len(line.at) for line in lines)  # the mean ends where a task does
+    means = np.mean([line.values[:fewest] for line in lines], axis=0).tolist()
+    return [*lines, Line("mean", lines[0].at[:fewest], means, thick=True)]

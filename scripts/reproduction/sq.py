@@ -32,7 +32,7 @@ from sav_jax.train.tune import form_of, tune
 from sav_jax.world.questions import QA
 from sav_jax.world.scene import draw, sample_scene
 from sav_jax.world.shapes import SHAPES
-from scripts.reproduction.study import Answers, Finding, Study, Table, finding
+from scripts.reproduction.study import Answers, Finding, Study, Table, finding, untested
 from scripts.reproduction.trained import mean, over_both, quiet, trainings
 
 PART = "sq"
@@ -235,7 +235,7 @@ def cells(study: Study, model: str) -> dict[Arm | None, list[dict[str, Units]]]:
 
     @functools.cache
     def load() -> LMM:
-        return sav_jax.load(model)
+        return study.load(model)
 
     fits = study.kept(f"{PART}/{model}/layout", lambda: isinstance(load().config, LlavaConfig))
     arms = list(dict.fromkeys(arm for *_, with_it, without in CLAIMS for arm in (with_it, without)))
@@ -267,8 +267,7 @@ def rows_of(study: Study, model: str, found: Cells) -> list[Finding]:
         whole: dict[str, Any] = {"part": PART, "claim": claim, "source": "SQ-LLaVA, ablation table"}
         whole |= {"model": model, "setting": setting}
         if with_it not in found:
-            nothing: dict[str, Any] = {"values": {}, "difference": None, "low": None, "high": None, "seeds": 0}
-            rows.append(Finding(**whole, **nothing, note="the layout has no place for a prototype extractor"))
+            rows.append(untested(whole.pop("part"), "the layout has no place for a prototype extractor", **whole))
             continue
         better, worse = (answers(found[arm], "accuracy") for arm in (with_it, without))
         losses = [np.mean(answers(found[arm], "answer_loss")["answer_loss"].mean) / 100 for arm in (with_it, without)]
