@@ -340,6 +340,16 @@ def _lasting(config: Any) -> Any:
     return config
 
 
+def checkpoint_fingerprint(directory: Path) -> str:
+    """The fingerprint that a model loaded from this directory has (:class:`LMM`), from its files alone.
+
+    Raises:
+        UserError: config or weights are missing or damaged.
+    """
+    settings = _settings_digest(directory, read_config(directory))
+    return hashlib.sha256(f"{weights_digest(directory)} {settings}".encode()).hexdigest()
+
+
 def weights_digest(directory: Path) -> str:
     """sha256 over the weights: whole files when small, else every tensor's header and a sample of its bytes (seconds,
     not minutes).

@@ -27,6 +27,7 @@ heads = imported("reproduction.heads")
 rescoring = imported("reproduction.rescoring")
 beyond = imported("reproduction.beyond")
 savs = imported("reproduction.savs")
+rivals = imported("reproduction.rivals")
 tower = imported("reproduction.tower")
 
 
@@ -329,11 +330,26 @@ def made_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(heads, "read_examples", read)
     monkeypatch.setattr(rescoring, "read_examples", read)
-    monkeypatch.setattr(rescoring.sav_jax, "load", lambda _: None)
+    monkeypatch.setattr(study.Study, "load", lambda *_: None)
     monkeypatch.setattr(study.Study, "command", lambda self, name, *_, **__: self.output / name)
     monkeypatch.setattr(study.Study, "finished", lambda *_: True)
-    for part in (savs, beyond):
+    for part in (rivals, savs, beyond):
         monkeypatch.setattr(part, "methods_of", answered)
+
+    def tuned(run: Any, model: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """LoRA of its own task is always right, that of another one by lot."""
+        rng = np.random.default_rng(0)
+        found = {}
+        for source, target in pairs:
+            clusters = rescoring.rescored(run, model)[target]["sheet"]["clusters"]
+            values = {
+                f"lora of {target}": [" ".join("1" * len(names)) for names in clusters],
+                f"lora of {source}": [" ".join(map(str, rng.integers(2, size=len(names)))) for names in clusters],
+            }
+            found[target] = {"sheet": {"clusters": clusters, "values": values}}
+        return found
+
+    monkeypatch.setattr(savs, "lora_elsewhere", tuned)
     monkeypatch.setattr(savs, "unreadable", lambda *_: "")
 
     def pooled(_: Any, items: Sequence[Item]) -> tuple[np.ndarray, np.ndarray]:
@@ -354,11 +370,13 @@ def test_all_claims_get_a_row_and_a_place_on_the_page(made_study: Any) -> None:
         assert len(set(claims)) == len(claims) > 9
         assert {*part.HEADLINES, *part.REASONS} <= set(claims)  # what is said of a claim is of one that is made
         for finding in found:
+            assert finding.low is not None, finding.claim
             assert finding.low <= finding.difference <= finding.high, finding.claim
             assert finding.seeds >= 2
             assert finding.queries or "of the same heads" in finding.claim, finding.claim
         made_study.save(name, found, 1.0)
     assert verdicts["The chosen twenty heads beat twenty random ones."] == "holds"  # later ones know more
+    assert verdicts["Heads chosen on a similar task lose less than LoRA tuned on it."] == "holds"
     text = page.write(made_study).read_text()
     assert "This is the quick form" in text
     for picture in ("heads", "shots", "transfer", "depth", "calibration"):

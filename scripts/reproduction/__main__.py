@@ -13,26 +13,37 @@ import tyro
 
 from sav_jax._compiling import keep_programs
 from sav_jax.errors import UserError
+from sav_jax.eval.tasks import default_data_dir
 from scripts.reproduction import page
 from scripts.reproduction.study import MODELS, ROOT, Finding, Study
+from scripts.reproduction.subjects import check_data, find_models, find_tasks_called, folder_name
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Tests the papers' claims on the bundled models."""
+    """Tests the papers' claims, on the bundled models or on others."""
 
     quick: tyro.conf.FlagCreatePairsOff[bool] = False
     """Fewer tasks, seeds, queries and steps; the page is written to the output folder, not to docs/."""
 
     output: Path | None = None
-    """Folder for all that is measured, by default results/reproduction or results/reproduction-quick. What is there is
-    not measured again."""
+    """Folder for all that is measured, by default results/reproduction, with -quick, -of-MODELS and -on-TASKS behind it
+    where these are not the usual ones. What is there is not measured again."""
 
     parts: str = ",".join(page.PARTS)
     """Names separated by commas."""
 
     models: str = ",".join(MODELS)
-    """Names separated by commas."""
+    """What 'sav-jax eval --model' takes, separated by commas: bundled models, directories in Hugging Face layout, hub
+    ids. The page about others is written to the output folder, not to docs/."""
+
+    tasks: str | None = None
+    """What 'sav-jax eval --tasks' takes, tasks with classes to choose among, instead of the drawn ones and digits; the
+    parts aim and sq have tasks of their own. The page is written to the output folder."""
+
+    data_dir: Path | None = None
+    """Where benchmarks that must be fetched by hand are looked for, each in a sub-folder of its name, by default
+    $SAV_JAX_DATA or ~/.cache/sav_jax/data. Of --tasks."""
 
     page_only: tyro.conf.FlagCreatePairsOff[bool] = False
     """Measure nothing: write the page from what is there, or say what is missing."""
@@ -40,24 +51,33 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Measures what is missing, then writes the page."""
-    parts, models = arguments.parts.split(","), tuple(arguments.models.split(","))
-    for option, given, known in (("--parts", parts, page.PARTS), ("--models", models, MODELS)):
-        for name in given:
-            if name not in known:
-                raise UserError(f"{option}: no {option[2:-1]} is called {name!r}; there are: {', '.join(known)}")
-    name = "reproduction-quick" if arguments.quick else "reproduction"
-    output = (arguments.output or ROOT / "results" / name).resolve()
+    parts = arguments.parts.split(",")
+    for name in parts:
+        if name not in page.PARTS:
+            raise UserError(f"--parts: no part is called {name!r}; there are: {', '.join(page.PARTS)}")
+    tasks = {} if arguments.tasks is None else find_tasks_called(arguments.tasks)
+    if arguments.data_dir is not None and not tasks:
+        raise UserError("--data-dir is of --tasks: the usual ones have no files")
+    models, others = find_models(arguments.models)
+    results = ROOT / "results"
+    output = arguments.output or results / folder_name(models, bool(others), tuple(tasks), arguments.quick)
+    output = output.resolve()
+    if (others or tasks) and output in [results / folder_name((), False, (), quick) for quick in (False, True)]:
+        raise UserError(f"--output: {output} is for the bundled models and their usual tasks")
     study = Study(
         output,
         models,
         seeds=(0, 1) if arguments.quick else (0, 1, 2),
         quick=arguments.quick,
         kept_only=arguments.page_only,
-        pages=output if arguments.quick else ROOT / "docs",
+        pages=output if arguments.quick or others or tasks else ROOT / "docs",
+        others=others,
+        tasks=tasks,
+        data_dir=(arguments.data_dir or default_data_dir()).expanduser().resolve() if tasks else None,
     )
     if arguments.page_only:
         pass
-    elif study.quick and len(models) > 1:
+    elif study.quick and len(models) > 1 and not study.special:
         side_by_side(arguments, models, output)
     else:
         measure(study, parts)
@@ -66,6 +86,13 @@ def main(arguments: Arguments) -> None:
 
 def measure(study: Study, parts: Sequence[str]) -> None:
     """What is missing of the parts, in this process."""
+    if study.special:
+        check_data(study)
+        # While this process has no accelerator yet, which the commands need to themselves.
+        for part in parts:
+            prepare = getattr(page.module(part), "prepare", None)
+            if prepare is not None:
+                prepare(study)
     keep_programs(study.cache)
     for part in parts:
         code = page.module(part)

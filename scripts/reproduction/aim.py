@@ -85,6 +85,8 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
     length = f"{size.steps} steps each" + (", loss still falling" if study.quick else ", as the preset has")
     trained = f"{seeds} projections of {length}; demonstrations of their own"
     images = "it saw prompts of two images in training" if model == "tiny" else "it saw one image a prompt in training"
+    # Of other models one does not know what they saw and learned.
+    images, cue = (images, CUE) if study.bundled(model) else ("", "")
 
     def row(
         claim: str, source: str, setting: str, interval: Interval, values: Mapping[str, float], note: str = ""
@@ -115,7 +117,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
         values = {"zero-shot": mean(none), "aim": mean(aim)}
         in_prompt = {"icl": mean(icl), "the word alone": mean(word)}
         for shown, theirs, how, note in (
-            (icl, in_prompt, "in the prompt", CUE),
+            (icl, in_prompt, "in the prompt", cue),
             (turns, {"icl-turns": mean(turns)}, "as turns of a conversation", ""),
         ):
             rows += [

@@ -34,7 +34,8 @@ from sav_jax.extract import plan_prompts
 from sav_jax.lmm import LMM
 from sav_jax.train.aim import AIM_PRESETS, AimRecipe, train_aim
 from sav_jax.train.documents import drawn_documents, drawn_pairs
-from scripts.reproduction.study import Answers, Study
+from scripts.reproduction.rescoring import heads_of
+from scripts.reproduction.study import MODELS, Answers, Study
 from scripts.reproduction.trained import quiet, trainings
 
 PART = "aim"
@@ -95,17 +96,27 @@ def size_of(study: Study) -> Size:
     return QUICK if study.quick else FULL
 
 
-def recipe_of(size: Size, seed: int) -> AimRecipe:
+def layer_of(study: Study, model: str) -> int:
+    """Whose hidden states are projected: the preset's; of a model of another depth the one that is as far up."""
+    preset = AIM_PRESETS["tiny"].layer
+    if study.bundled(model):
+        return preset
+    return round(preset / heads_of(study, MODELS[0])[0] * heads_of(study, model)[0])
+
+
+def recipe_of(size: Size, seed: int, layer: int) -> AimRecipe:
     """The preset, as long as the study has time for."""
-    preset = AIM_PRESETS["tiny"]
+    preset = replace(AIM_PRESETS["tiny"], layer=layer)
     optimization = replace(preset.optimization, seed=seed, keep=1, checkpoint_every=size.steps)
     return replace(preset, steps=size.steps, shots=size.shots, pairs=max(size.shots) + 1, optimization=optimization)
 
 
 def projection(study: Study, lmm: LMM, model: str, seed: int) -> Aim:
     """The projection of a seed: trained, unless it is there."""
-    size, folder = size_of(study), study.output / PART / model / f"projection-{seed}"
-    recipe = recipe_of(size, seed)
+    # Of other weights another run, whose folder a training would refuse.
+    mark = "" if study.bundled(model) else f"-{lmm.fingerprint[:8]}"
+    size, folder = size_of(study), study.output / PART / model / f"projection-{seed}{mark}"
+    recipe = recipe_of(size, seed, layer_of(study, model))
     documents = recipe.steps * recipe.optimization.batch_size
     recipe = recipe.resolved(documents)
     record = folder / "trained.json"
@@ -268,7 +279,7 @@ def measured(study: Study, model: str) -> Measured:
 
     def lmm() -> LMM:
         if not loaded:
-            loaded[model] = sav_jax.load(model)
+            loaded[model] = study.load(model)
         return loaded[model]
 
     def cell(tasks: Sequence[Task], number: int, seed: int, *methods: str) -> Callable[[], Cell]:
@@ -278,7 +289,10 @@ def measured(study: Study, model: str) -> Measured:
 
         return compute
 
-    facts = dataclasses.asdict(size) | {"recipe": recipe_of(size, 0).facts(), "shots_of_classes": SHOTS}
+    facts = dataclasses.asdict(size) | {
+        "recipe": recipe_of(size, 0, layer_of(study, model)).facts(),
+        "shots_of_classes": SHOTS,
+    }
     first, middle = trainings(study)[0], size.middle
     without = study.kept(f"{PART}/{model}/without", cell(every, 1, first, "zero-shot"), **facts)
     cells: dict[int, list[Cell]] = {number: [] for number in size.numbers}

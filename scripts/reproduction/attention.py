@@ -103,7 +103,7 @@ def attended(study: Study, model: str, tasks: Sequence[str], shots: int, demonst
     """
 
     def compute() -> dict[str, Any]:
-        lmm = sav_jax.load(model)
+        lmm = study.load(model)
         found = {}
         for name in tasks:
             (task,) = find_tasks(name)

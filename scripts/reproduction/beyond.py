@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import sav_jax
 from sav_jax.eval.statistics import Interval, paired_resampling, student_interval
 from sav_jax.eval.tasks import find_tasks
 from sav_jax.eval.tasks.base import default_data_dir
@@ -30,8 +29,19 @@ from scripts.reproduction.rescoring import (
     rescored,
     tasks_of,
 )
-from scripts.reproduction.savs import MARGIN, asked, mean, methods_of
-from scripts.reproduction.study import Answers, Difference, Finding, Study, Table, difference, finding
+from scripts.reproduction.rivals import asked, mean, methods_of
+from scripts.reproduction.savs import MARGIN
+from scripts.reproduction.study import (
+    Answers,
+    Difference,
+    Finding,
+    Study,
+    Table,
+    difference,
+    finding,
+    means_of,
+    untested,
+)
 from scripts.reproduction.variants import WRONG, varied
 
 OURS = "beyond the papers"
@@ -78,7 +88,7 @@ def measure(study: Study) -> list[Finding]:
 def _of_model(study: Study, model: str) -> list[Finding]:
     found: list[Finding] = []
     tasks, heads = tasks_of(study), rescored(study, model)
-    many = f"mean of {len(tasks)} tasks, {SHOTS} shots"
+    many = f"{means_of(tasks)}, {SHOTS} shots"
 
     def add(claim: str, source: str, setting: str, interval: Interval, values: dict[str, float], **rest: Any) -> None:
         known = {"claim": claim, "source": source, "model": model, "setting": setting, "values": values}
@@ -96,13 +106,12 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         (FEW, per_task(heads, f"{FEW} shots, left out"), per_task(heads, f"{FEW} shots")),
     ):
         claim = f"Scoring heads on examples left out of their class mean chooses better ones ({shots} shots)."
-        paired(claim, f"mean of {len(tasks)} tasks", one, other, names)
+        paired(claim, means_of(tasks), one, other, names)
     soft = per_task(heads, "soft votes")
     paired("Soft votes beat one vote per head.", many, soft, published, ("soft", "hard"))
 
     noisy = {share: per_task(varied(study, model), f"{share} % wrong") for share in WRONG}
-    few, *_ = WRONG
-    for share in (few, 2 * few):
+    for share in WRONG[:2]:
         add(
             f"Wrong labels on {share} % of the examples cost no more than {NOISE_MARGIN:g} points.",
             f"{OURS}; said of the paper elsewhere",
@@ -137,10 +146,10 @@ def _of_model(study: Study, model: str) -> list[Finding]:
             "about the estimate, with their standard deviation.",
         )
 
-    layers, _ = heads_of(model)
+    layers, _ = heads_of(study, model)
     by_depth = {depth: per_task(heads, f"layers {depth}") for depth in range(1, layers + 1)}
     compute = compute_shares(study, model)
-    for depth in (layers // 2, 3 * layers // 4):
+    for depth in sorted({layers // 2, 3 * layers // 4} - {0}):
         add(
             f"The heads of the first {depth} of {layers} layers suffice: no more than {MARGIN:g} point below all.",
             f"{OURS}; early exit in arXiv 2603.10781",
@@ -154,12 +163,17 @@ def _of_model(study: Study, model: str) -> list[Finding]:
         )
 
     found_by = _jaccards(heads, tasks)
-    chance = 100 * by_chance(int(np.prod(heads_of(model))))
-    between = float(np.mean(found_by["other tasks"]))
+    chance = 100 * by_chance(int(np.prod(heads_of(study, model))))
     for name, claim in (
         ("other draws", "Other examples of a task choose more of the same heads than other tasks do."),
         ("other words", "Other words of the question choose more of the same heads than other tasks do."),
     ):
+        if len(tasks) < 2:
+            found.append(
+                untested("beyond", "there is one task only.", claim=claim, source=OURS, model=model, setting=many)
+            )
+            continue
+        between = float(np.mean(found_by["other tasks"]))
         values = {name: float(np.mean(found_by[name])), "other tasks": between, "by chance": chance}
         over_tasks = student_interval(
             [one - two for one, two in zip(found_by[name], found_by["other tasks"], strict=True)]
@@ -233,7 +247,8 @@ def _jaccards(heads: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, list[
         again = [heads[task]["heads"][f"reworded {number}"] for number in range(len(REWORDINGS))]
         found["other words"].append(100 * float(np.mean([agreement(own, sets) for sets in again])))
         rest = [heads[other]["heads"]["chosen"] for other in tasks if other != task]
-        found["other tasks"].append(100 * float(np.mean([agreement(own, sets) for sets in rest])))
+        if rest:
+            found["other tasks"].append(100 * float(np.mean([agreement(own, sets) for sets in rest])))
     return found
 
 
@@ -243,13 +258,14 @@ def compute_shares(study: Study, model: str) -> list[float]:
     """
 
     def compute() -> list[float]:
-        lmm = sav_jax.load(model)
+        lmm = study.load(model)
         (task,) = find_tasks("digits-scattered")
         example = task.load(default_data_dir() / task.name).pool[0].example
         (prompt,) = plan_prompts(lmm, [example])
         decoder, vision = lmm.config.text, lmm.config.vision
         tokens, size = len(prompt.token_ids), decoder.hidden_size
-        patches = prompt.num_rows * getattr(vision, "num_tokens", 1)  # rows are tiles, or patches
+        of_row = getattr(vision, "num_tokens", getattr(vision, "patches_per_side", 1) ** 2)
+        patches = prompt.num_rows * of_row  # rows are tiles, whole images, or patches
         seen = {name: part for name, part in lmm.params.items() if name != "language_model"}
         tower = 2 * patches * sum(leaf.size for leaf in jax.tree.leaves(seen))
         weights = sum(leaf.size for leaf in jax.tree.leaves(lmm.params["language_model"]["layers"])) / lmm.num_layers
@@ -265,21 +281,19 @@ def tables(study: Study) -> list[Table]:
     tasks = tasks_of(study)
     for model in study.models:
         heads, shares = rescored(study, model), compute_shares(study, model)
-        layers, per_layer = heads_of(model)
+        layers, per_layer = heads_of(study, model)
         rows = []
-        agreements = _jaccards(heads, tasks)
+        agreements = {name: of for name, of in _jaccards(heads, tasks).items() if of}
         for place, task in enumerate(tasks):
             chosen = np.array(heads[task]["heads"]["chosen"]) // per_layer
             thirds = [100 * np.mean((chosen >= a) & (chosen < b)) for a, b in _thirds(layers)]
-            jaccards = [agreements[name][place] for name in ("other draws", "other words", "other tasks")]
+            jaccards = [of[place] for of in agreements.values()]
             errors = [100 * _mean_error(heads[task], kind) for kind in KINDS]
             rows.append((task, *(f"{value:.0f}" for value in (*thirds, *jaccards)), *(f"{e:.1f}" for e in errors)))
         head = (
             "task",
             *(f"in layers {a} to {b - 1}" for a, b in _thirds(layers)),
-            "as other draws",
-            "as other words",
-            "as other tasks",
+            *(f"as {name}" for name in agreements),
             *(f"ECE of {kind}" for kind in KINDS),
         )
         note = (
@@ -299,7 +313,9 @@ def tables(study: Study) -> list[Table]:
                     ("arithmetic of a query, %", *(f"{100 * share:.0f}" for share in shares)),
                 ),
                 "The tower is a large part of so small a model: of one of seven billion parameters, half the "
-                "layers are about half of the arithmetic.",
+                "layers are about half of the arithmetic."
+                if study.bundled(model)
+                else "",
             )
         )
     return found
@@ -307,14 +323,14 @@ def tables(study: Study) -> list[Table]:
 
 def _thirds(layers: int) -> list[tuple[int, int]]:
     ends = [round(part * layers / 3) for part in range(4)]
-    return list(itertools.pairwise(ends))
+    return [(a, b) for a, b in itertools.pairwise(ends) if a < b]
 
 
 def plots(study: Study) -> list[Path]:
     """Accuracy against depth; confidence against accuracy."""
     by_depth, sure = [], []
     for model in study.models:
-        heads, (layers, _) = rescored(study, model), heads_of(model)
+        heads, (layers, _) = rescored(study, model), heads_of(study, model)
         at = list(range(1, layers + 1))
         lines = [Line(task, at, [per_task(heads, f"layers {d}", [task])[task].mean for d in at]) for task in heads]
         by_depth.append(

@@ -5,16 +5,18 @@ Axes: S support examples, Q queries, L layers, N heads per layer, M = L * N head
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sav_jax.classifier import SparseAttentionVectors, majority
 from sav_jax.eval.tasks import find_tasks
-from sav_jax.eval.tasks.base import Digests, Item, default_data_dir, split_task
+from sav_jax.eval.tasks.base import Data, Digests, Item, Task, default_data_dir, split_task
 from sav_jax.examples import Example
 from sav_jax.lmm import LMM
 from sav_jax.reading import read
@@ -58,10 +60,23 @@ class Draw:
         return np.array([self.classes.index(item.label) for item in self.queries])
 
 
+def task_and_data(study: Study, name: str) -> tuple[Task, Data]:
+    """A task, and what its files hold."""
+    return _task_and_data(study.called([name]), study.data_dir or default_data_dir())
+
+
+@functools.lru_cache(
+    maxsize=32
+)  # every measurement asks for it again; pictures are drawn, or files are read and checked
+def _task_and_data(called: str, folder: Path) -> tuple[Task, Data]:
+    (task,) = find_tasks(called)
+    return task, task.load(folder / task.name)
+
+
 def draws(study: Study, task: str, shots: int) -> list[Draw]:
     """The splits of a task that ``sav-jax eval --limit`` makes, a draw per seed of the study."""
-    (found,) = find_tasks(task)
-    data, digests = found.load(default_data_dir() / task), Digests()
+    found, data = task_and_data(study, task)
+    digests = Digests()
     splits = [(seed, split_task(found, data, shots, seed, study.limit, digests=digests)) for seed in study.seeds]
     return [
         Draw(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sav_jax._files import write_file
+from scripts.reproduction.rescoring import heads_of, tasks_of
 from scripts.reproduction.study import FAILS, HOLDS, MODELS, ROOT, UNDECIDED, UNTESTED, Finding, Study, Table
 
 PARTS = ("savs", "beyond", "aim", "sq")
@@ -45,11 +46,28 @@ bash scripts/reproduce.sh --quick  # fewer tasks, seeds, queries, steps, under 1
 
 from what they measure; none of its figures is typed. What holds here holds for models of {size} on a
 small world. It says that the method does what its authors say where everything can be checked, not that their
-numbers are right; methods are compared on real checkpoints and data by the same `sav-jax eval` (`--model`, `--tasks`,
-[tasks.md](tasks.md)), the rest of the study has the bundled models only. There is no row for: SAVs against task vectors
-(`mtv`) and against whole layers chosen as heads are, transfer of LoRA, noisy labels; SQ-LLaVA with none of its parts,
-and captions; where AIM's inner model attends.
+numbers are right; the same study of real checkpoints and data, whatever `sav-jax eval` reads and asks
+([tasks.md](tasks.md)), is `bash scripts/reproduce.sh --models PATH_OR_HUB_ID --tasks NAMES --data-dir DIR`, whose page
+stays in results/. There is no row for: SAVs against task vectors (`mtv`) and against whole layers chosen as heads are,
+transfer of LoRA, noisy labels; SQ-LLaVA with none of its parts, and captions; where AIM's inner model attends.
+"""
+OF_OTHERS = """\
+# The papers' claims on other models or tasks
 
+Claims of three papers, tested with seeds and intervals. This page is written by
+
+```bash
+bash scripts/reproduce.sh {options}
+```
+
+from what that measures. {models}
+
+The first two parts ask {tasks}.
+AIM's and SQ-LLaVA's have pictures and questions of their own, drawn by a program. All settings of LoRA's, AIM's and
+SQ-LLaVA's trainings are those chosen for the models that come with the package, which have five million parameters:
+where a trained side loses, another rate or another number of steps may win.
+"""
+READING = """
 How to read a row: figures are in % unless they name a unit (CIDEr-D is times 100); the difference, in the same, is what
 the claim is about, and is positive if it is as claimed; where a claim has a margin ("no more than one point below"),
 it is added. In brackets the 95 % interval: queries, or groups of queries that belong together, are resampled jointly
@@ -80,11 +98,13 @@ def write(study: Study) -> Path:
     A part that was not measured is said to be missing. Such a page goes to ``study.output``: the docs keep theirs.
     """
     found = {part: study.findings(part) for part in PARTS}
-    measured = all(study.record(part, model) for part in PARTS for model in MODELS)
-    if study.pages == ROOT / "docs" and not measured:
+    measured = all(study.record(part, model) for part in PARTS for model in study.listed)
+    if study.special:
+        study = replace(study, pages=study.output)
+    elif study.pages == ROOT / "docs" and not measured:
         study = replace(study, pages=study.output)
         study.say("not all parts of both models are there: docs/ and README.md stay as they are")
-    sections = [_introduction(study, found), _summary(found)]
+    sections = [_introduction(study, found), _summary(study, found)]
     for part in PARTS:
         sections.append(_section(study, part, found[part]))
     sections.append(_colophon(study, found))
@@ -100,14 +120,27 @@ def _introduction(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
     everything = [finding for of in found.values() for finding in of]
     seeds = sorted({finding.seeds for finding in everything if finding.seeds}) or [0]
     told = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    text = INTRODUCTION.format(size="five million parameters", seeds=told, number=len(everything))
+    text = _of_others(study) if study.special else INTRODUCTION.format(size="five million parameters")
+    text += READING.format(seeds=told, number=len(everything))
     if study.quick:
         text += "\n**This is the quick form: few tasks, seeds and queries, wide intervals. Do not quote it.**\n"
     return text
 
 
-def _summary(found: Mapping[str, Sequence[Finding]]) -> str:
-    models = [model for model in MODELS if any(f.model == model for of in found.values() for f in of)]
+def _of_others(study: Study) -> str:
+    told = [
+        f"`{other.name}` is {other.path}, of {' layers of '.join(map(str, heads_of(study, other.name)))} heads "
+        f"(fingerprint {other.fingerprint[:12]})."
+        for other in study.others
+    ]
+    tasks = tasks_of(study)
+    return OF_OTHERS.format(
+        options=study.options.strip(), models=" ".join(told), tasks=", ".join(f"`{task}`" for task in tasks)
+    )
+
+
+def _summary(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
+    models = [model for model in study.listed if any(f.model == model for of in found.values() for f in of)]
     lines = ["## Summary", "", _row(["claim", *(f"`{model}`" for model in models)]), _rule(1 + len(models))]
     for part, of in found.items():
         lines.append(_row([f"**{TITLES[part]}**", *[""] * len(models)]))
@@ -150,9 +183,9 @@ def _not_zero(value: float) -> str:
 def _section(study: Study, part: str, of: Sequence[Finding]) -> str:
     lines = [f"## {TITLES[part]}", ""]
     if not of:
-        return "\n".join([*lines, "Not measured yet: `bash scripts/reproduce.sh --parts " + part + "`."])
+        return "\n".join([*lines, f"Not measured yet: `bash scripts/reproduce.sh {study.options}--parts {part}`."])
     code = module(part)
-    measured = replace(study, models=tuple(model for model in MODELS if study.record(part, model)))
+    measured = replace(study, models=tuple(model for model in study.listed if study.record(part, model)))
     head = ["claim", "model", "setting", "figures", "difference", "seeds", "queries", "verdict"]
     lines += [_row(head), _rule(len(head))]
     last = ""
@@ -162,7 +195,7 @@ def _section(study: Study, part: str, of: Sequence[Finding]) -> str:
         last = finding.claim
         cells = [claim, f"`{finding.model}`", finding.setting, figures, shown(finding), str(finding.seeds)]
         lines.append(_row([*cells, str(finding.queries or ""), _strong(finding.verdict)]))
-    lines += ["", *_remarks(code, of)]
+    lines += ["", *_remarks(study, code, of)]
     for table in getattr(code, "tables", _nothing)(measured):
         lines += ["", *_table(table)]
     for path in getattr(code, "plots", _nothing)(measured):
@@ -176,7 +209,7 @@ def _nothing(_: Study) -> tuple[()]:
     return ()
 
 
-def _remarks(code: ModuleType | None, of: Sequence[Finding]) -> list[str]:
+def _remarks(study: Study, code: ModuleType | None, of: Sequence[Finding]) -> list[str]:
     """Notes of the findings, and what one thinks of claims that do not hold everywhere."""
     lines = []
     notes: dict[str, list[str]] = {}
@@ -184,8 +217,10 @@ def _remarks(code: ModuleType | None, of: Sequence[Finding]) -> list[str]:
         if finding.note:
             notes.setdefault(f"{_stem(finding.claim)}: {finding.note}", []).append(finding.model)
     for note, models in notes.items():
-        lines.append(f"- {note}" if len(models) > 1 else f"- `{models[0]}`. {note}")
-    reasons: Mapping[str, str] = getattr(code, "REASONS", {})
+        everywhere = len(models) >= len(study.listed)
+        lines.append(f"- {note}" if everywhere else f"- {' and '.join(f'`{model}`' for model in models)}. {note}")
+    # They are about the bundled models, and the tasks that these are asked.
+    reasons: Mapping[str, str] = {} if study.special else getattr(code, "REASONS", {})
     for claim in dict.fromkeys(finding.claim for finding in of):
         failed = [finding for finding in of if finding.claim == claim and finding.verdict != HOLDS]
         if failed and claim in reasons:
@@ -206,7 +241,7 @@ def _table(table: Table) -> list[str]:
 
 def _colophon(study: Study, found: Mapping[str, Sequence[Finding]]) -> str:
     lines = ["## How it was measured", ""]
-    records = [record for part in found for model in MODELS if (record := study.record(part, model))]
+    records = [record for part in found for model in study.listed if (record := study.record(part, model))]
     for machine, versions in dict.fromkeys((record["machine"], record["versions"]) for record in records):
         lines += [f"On {machine} ({versions}), beside other work.", ""]
     if times := study.minutes():

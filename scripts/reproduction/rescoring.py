@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-import sav_jax
 from sav_jax.classifier import SparseAttentionVectors, count_votes
+from sav_jax.errors import UserError
 from sav_jax.eval.calibration import fit_temperature, probabilities
 from sav_jax.eval.methods.sav import vote_scores
 from sav_jax.lmm import LMM, find_model
@@ -47,16 +47,16 @@ HARD, SOFT, FITTED = "share of the votes", "soft votes", "fitted"
 temperature fitted on support examples that were left out."""
 
 
-def heads_of(model: str) -> tuple[int, int]:
+def heads_of(study: Study, model: str) -> tuple[int, int]:
     """Layers of a model, and heads in each."""
-    raw = read_config(find_model(model))
+    raw = read_config(find_model(study.checkpoint(model)))
     text = architecture(raw).config.text
     return text.num_layers, text.num_heads
 
 
 def tasks_of(study: Study) -> tuple[str, ...]:
     """Those that the study asks."""
-    return QUICK_TASKS if study.quick else TASKS
+    return tuple(study.tasks) or (QUICK_TASKS if study.quick else TASKS)
 
 
 def rescored(study: Study, model: str) -> dict[str, Any]:
@@ -67,11 +67,11 @@ def rescored(study: Study, model: str) -> dict[str, Any]:
       "random heads" (a mean over sets), "heads of TASK", "other draw" (heads chosen by the next seed's support);
     - "5 shots", "5 shots, left out", "left out": heads chosen by resubstitution and by leave-one-out scores;
     - "soft votes"; "heads of rewording 0": heads chosen when the support is asked in other words;
-    - in "shots", "1 shots" to "50 shots".
+    - in "shots", "1 shots" to "50 shots", as far as there are examples.
     """
 
     def compute() -> dict[str, Any]:
-        lmm = sav_jax.load(model)
+        lmm = study.load(model)
         ballots: dict[str, list[Ballots]] = {}
         found: dict[str, Any] = {}
         for task in tasks_of(study):
@@ -126,12 +126,29 @@ def _of_task(study: Study, lmm: LMM, task: str) -> tuple[dict[str, Any], list[Ba
             sheet.add(f"heads of rewording {number}", ballots.right(np.array(chosen)))
     for number, ballots in enumerate(cast):  # heads that the next seed's support chose, classes by this one's
         sheet.add("other draw", ballots.right(cast[(number + 1) % len(cast)].best()))
-    for draw, support, queries in with_heads(study, lmm, draws(study, task, max(NUMBERS))):
+    numbers, drawn = _most_shots(study, task)
+    for draw, support, queries in with_heads(study, lmm, drawn):
         curve.start(draw.clusters)
-        for shots in NUMBERS:
+        for shots in numbers:
             ballots = Ballots.of(draw, support, queries, shots_per_class=shots, seed=draw.seed)
             curve.add(f"{shots} shots", ballots.right(ballots.best()))
     return {"sheet": sheet, "shots": curve, "heads": heads, "confidence": confidence}, cast
+
+
+def _most_shots(study: Study, task: str) -> tuple[tuple[int, ...], list[Draw]]:
+    """Numbers of shots that a task has examples for, and draws of the largest: few tasks have fifty of each class."""
+    for place, most in enumerate(reversed(NUMBERS)):
+        try:
+            return NUMBERS[: len(NUMBERS) - place], draws(study, task, most)
+        except UserError:
+            if most <= SHOTS:  # which all that is asked needs
+                raise
+    raise AssertionError(NUMBERS)
+
+
+def with_shots(found: Mapping[str, Any], number: int) -> list[str]:
+    """Tasks that were asked with so many shots."""
+    return [task for task, of in found.items() if f"{number} shots" in of["shots"]["values"]]
 
 
 def _soft(draw: Draw, support: np.ndarray, queries: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -10,27 +10,33 @@ import numpy as np
 
 from scripts.reproduction.drawing import Line, curves, matrix
 from scripts.reproduction.heads import HEADS, per_task
-from scripts.reproduction.rescoring import NUMBERS, SHOTS, heads_of, rescored, tasks_of
-from scripts.reproduction.study import (
-    OUTPUT,
-    Answers,
-    Finding,
-    Study,
-    Table,
-    answers_of,
-    difference,
-    finding,
-    results_of,
+from scripts.reproduction.rescoring import NUMBERS, SHOTS, heads_of, rescored, tasks_of, with_shots
+from scripts.reproduction.rivals import (
+    against_demonstrations,
+    against_tuning,
+    against_vectors,
+    asked,
+    in_context,
+    lora_tasks,
+    mean,
+    methods_of,
+    mtv_tasks,
+    prepare,
+    tuned,
+    tuned_tasks,
+    turns_of,
+    unreadable,
+    vectors,
 )
-from scripts.reproduction.tower import TOWER, WITH_WORDS, towers
+from scripts.reproduction.study import Answers, Finding, Study, Table, difference, finding, means_of, untested
+from scripts.reproduction.tower import TOWER, WITH_WORDS, asked_differently, towers
 from scripts.reproduction.variants import lora_elsewhere, losses, varied
 
+__all__ = ["prepare"]  # which the study runs first on other models
 PAPER = "arXiv 2412.00142"
 MARGIN = 1.0
 """Points that "suffices" and "no worse" allow."""
 
-ASKING = "zero-shot", "zero-shot-likelihood"
-FEATURES = "centroid-last-layer", "centroid-all-layers", "hec", "knn", "ridge"
 SIMILAR = (
     ("digits", "digits-scattered"),
     ("digits-scattered", "digits"),
@@ -40,7 +46,7 @@ SIMILAR = (
 """Heads of the first serve the second: naming digits, and checking what is said about a picture."""
 
 WITH_TEXT = ("drawn-hallucination", "drawn-paired", "drawn-multiimage")
-"""Tasks whose answer depends on the question as much as on the image."""
+"""Of the study's own tasks those whose answer depends on the question as much as on the image."""
 
 NEW = ("drawn-safety", "digits", "digits-scattered")
 """What the bundled models were never asked, or never shown."""
@@ -86,69 +92,6 @@ REASONS: dict[str, str] = {
 """What one thinks of claims that do not hold."""
 
 
-def lora_tasks(study: Study) -> tuple[str, ...]:
-    """LoRA is trained for every draw: on a few tasks."""
-    return ("drawn-safety",) if study.quick else ("drawn-safety", "digits-scattered")
-
-
-def asked(study: Study, model: str) -> Path:
-    """All methods that read a prompt once."""
-    return _eval(study, model, "methods", tasks_of(study), ("sav", *ASKING, *FEATURES), study.limit)
-
-
-def in_context(study: Study, model: str) -> Path:
-    """In-context learning, whose prompts are five times as long, on some of the queries."""
-    return _eval(study, model, "icl", tasks_of(study), ("sav", "icl", "icl-likelihood"), shown_limit(study))
-
-
-def in_turns(study: Study, model: str) -> Path:
-    """In-context learning as turns of a conversation, which these models were trained on."""
-    return _eval(study, model, "icl-turns", tasks_of(study), ("icl-turns", "icl-turns-likelihood"), shown_limit(study))
-
-
-def without_demonstrations(study: Study, model: str) -> Path:
-    """The layout of in-context learning in one turn, without demonstrations: the word that ends it."""
-    none = "--demonstrations", "0"
-    return _eval(study, model, "icl-none", tasks_of(study), ("icl", "icl-likelihood"), shown_limit(study), *none)
-
-
-def asked_again(study: Study, model: str) -> Path:
-    """Zero-shot answers to the queries of in-context learning, which are fewer."""
-    return _eval(study, model, "icl-asked", tasks_of(study), ASKING, shown_limit(study))
-
-
-def vectors(study: Study, model: str) -> Path:
-    """Multimodal task vectors, which are looked for under every draw: on a few tasks."""
-    return _eval(study, model, "mtv", mtv_tasks(study), ("sav", "mtv", "mtv-likelihood"), shown_limit(study))
-
-
-def mtv_tasks(study: Study) -> tuple[str, ...]:
-    """Tasks of claims about task vectors: naming, judging, checking."""
-    every = ("digits-scattered", "drawn-safety", "drawn-hallucination")
-    return tuple(task for task in every[: 1 if study.quick else None] if task in tasks_of(study))
-
-
-def shown_limit(study: Study) -> int:
-    """Queries with demonstrations, whose prompts are long."""
-    return 40 if study.quick else 100
-
-
-def tuned(study: Study, model: str) -> Path:
-    """LoRA on the same examples."""
-    recipe = ["--lora-rates", "1e-3", "--lora-steps", "20" if study.quick else "100"]
-    return _eval(study, model, "lora", lora_tasks(study), ("sav", "lora", "lora-likelihood"), study.limit, *recipe)
-
-
-def _eval(
-    study: Study, model: str, name: str, tasks: Sequence[str], methods: Sequence[str], limit: int, *further: str
-) -> Path:
-    seeds = ",".join(map(str, study.seeds))
-    options = {"--shots": str(SHOTS), "--seeds": seeds, "--limit": str(limit)}
-    listed = {"--model": model, "--tasks": ",".join(tasks), "--methods": ",".join(methods), **options}
-    words = [word for pair in listed.items() for word in pair]
-    return study.command(f"savs/{model}/{name}", ["eval", *words, *further, "--output-path", OUTPUT])
-
-
 def measure(study: Study) -> Iterator[Finding]:
     """All findings, model by model."""
     for model in study.models:
@@ -162,7 +105,13 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
     def add(
         claim: str, source: str, setting: str, better: Mapping[str, Answers], worse: Mapping[str, Answers], **rest: Any
     ) -> None:
-        names = rest.pop("names")
+        names, missing = rest.pop("names"), rest.pop("missing", "")
+        if not better:  # with no word of what is missing, the claim is not about such a model
+            if not missing:
+                return
+            claimed = {"claim": claim, "source": f"{PAPER}, {source}", "model": model}
+            found.append(untested("savs", missing, setting=f"{SHOTS} shots", **claimed))
+            return
         values = rest.pop("curve", None) or {name: mean(of) for name, of in zip(names, (better, worse), strict=True)}
         values |= rest.pop("values", {})
         seeds = len(next(iter(better.values())).values)
@@ -181,7 +130,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
             )
         )
 
-    folder, many = asked(study, model), f"mean of {len(tasks)} tasks, {SHOTS} shots"
+    folder, many = asked(study, model), f"{means_of(tasks)}, {SHOTS} shots"
     sav = methods_of(folder, "sav", tasks)
     main = "main table"
     add(
@@ -201,7 +150,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         methods_of(folder, "zero-shot-likelihood", tasks),
         names=("sav", "zero-shot-likelihood"),
     )
-    new = [task for task in tasks if task in NEW]
+    ours = study.bundled(model)  # of others one does not know where training went
+    new = [task for task in tasks if ours and task in NEW]
     add(
         "SAVs beat asking the model where its training never went.",
         main,
@@ -209,11 +159,12 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         {task: sav[task] for task in new},
         methods_of(folder, "zero-shot-likelihood", new),
         names=("sav", "zero-shot-likelihood"),
+        missing=f"of tasks that training never asked, {', '.join(NEW)}, none is among these." if ours else "",
         note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). Most of the "
         "gain is that of drawn-safety, where asking is below chance: see the accuracies by task. `drawn-styles`, which "
         "training never asked either, is not among these tasks: there neither side is above chance (world.md).",
     )
-    _demonstrations(study, model, add, many)
+    against_demonstrations(study, model, add, many)
     heads = rescored(study, model)
     twenty, every = per_task(heads, f"{HEADS} heads"), per_task(heads, "all heads")
     curve = {f"{n} heads": per_task(heads, f"{n} heads") for n in NUMBERS} | {"all heads": every}
@@ -246,16 +197,15 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         one,
         names=("20 heads", "1 head"),
     )
-    layers = {n: per_task(varied(study, model), f"{n} layers") for n in range(1, 1 + heads_of(model)[0])}
+    layers = {n: per_task(varied(study, model), f"{n} layers") for n in range(1, 1 + heads_of(study, model)[0])}
     add(
         "Choosing twenty heads beats choosing whole layers.",
-        "heads or layers (the code's notes)",
+        "heads or layers (notes in its code)",
         f"{many}; the best 2 layers, each one vector, chosen and voting as heads do",
         twenty,
         layers[2],
         names=("20 heads", "2 layers"),
         curve={"20 heads": mean(twenty), **{f"{n} layers": mean(of) for n, of in layers.items()}},
-        note="The best number of layers is not known before: the figures have all.",
     )
     random = per_task(heads, "random heads")
     setting = f"{many}; against the mean of twenty random sets"
@@ -267,16 +217,19 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         random,
         names=("chosen", "random"),
     )
-    shots = {n: per_task(heads, f"{n} shots", sheet="shots") for n in NUMBERS}
     for more, less in ((20, 5), (50, 20)):
+        enough = with_shots(heads, more)
+        numbers = [n for n in NUMBERS if set(enough) <= set(with_shots(heads, n))]  # means of the same tasks
+        shots = {n: per_task(heads, f"{n} shots", enough, "shots") for n in numbers}
         add(
             f"More examples help: {more} of a class beat {less}.",
             "accuracy over examples per label",
-            f"mean of {len(tasks)} tasks, {HEADS} heads, the same queries",
+            f"{means_of(enough)}, {HEADS} heads, the same queries",
             shots[more],
             shots[less],
             names=(f"{more} shots", f"{less} shots"),
-            curve={f"{n} shots": mean(shots[n]) for n in NUMBERS},
+            curve={f"{n} shots": mean(of) for n, of in shots.items() if of},
+            missing=f"no task has {more} examples of each class and others to ask.",
         )
     _transfers(heads, add)
     folder = asked(study, model)
@@ -289,8 +242,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         add(claim, "choice of classifier", setting, sav, rival, names=("sav", method), margin=MARGIN)
 
     tower = towers(study, model)
-    with_text = [task for task in tasks if task in WITH_TEXT]
-    images = [task for task in tasks if task not in WITH_TEXT]
+    with_text = asked_differently(study, model, WITH_TEXT)
+    images = [task for task in tasks if task not in with_text]
     for name, which, what in (
         (TOWER, with_text, "the vision tower alone where the question matters"),
         (WITH_WORDS, with_text, "the tower's features with the question's behind them where the question matters"),
@@ -303,116 +256,51 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
             per_task(heads, f"{HEADS} heads", which),
             per_task(tower, name, which),
             names=("sav", name),
+            missing="no task asks different examples different questions."
+            if which is with_text
+            else "every task asks different examples different questions.",
         )
     yield from found
     found.clear()
-    folder, some = tuned(study, model), lora_tasks(study)  # last, as it takes longest
-    add(
-        "SAVs beat LoRA on the same examples.",
-        main,
-        f"{', '.join(some)}; {SHOTS} shots; rank 16, {20 if study.quick else 100} steps at a rate of 0.001",
-        methods_of(folder, "sav", some),
-        methods_of(folder, "lora", some),
-        names=("sav", "lora"),
-        note="LoRA's rate and steps are fixed here, not chosen on the examples as `sav-jax eval` does by default. "
-        "With a chosen rate it is ahead on another task, the parity of digits (training.md).",
-    )
-    if pairs := [pair for pair in SIMILAR if set(pair) <= set(tasks)]:
-        targets = [target for _, target in pairs]
-        tuned_on = lora_elsewhere(study, model, tuple(pairs))
-        own, borrowed = (
-            {t: per_task(tuned_on, f"lora of {n}", [t])[t] for n, t in names}
-            for names in ([(target, target) for target in targets], pairs)
-        )
-        heads_own = per_task(heads, f"{HEADS} heads", targets)
-        heads_borrowed = {t: per_task(heads, f"heads of {source}", [t])[t] for source, t in pairs}
-        add(
-            "Heads chosen on a similar task lose less than LoRA tuned on it.",
-            "cross-task generalisation",
-            f"{'; '.join(' to '.join(pair) for pair in pairs)}; of either what is lost against one's own task",
-            losses(heads_own, heads_borrowed),
-            losses(own, borrowed),
-            names=("heads' change", "LoRA's change"),
-            values={
-                "borrowed heads": mean(heads_borrowed),
-                "own heads": mean(heads_own),
-                "LoRA of another task": mean(borrowed),
-                "own LoRA": mean(own),
-            },
-            note="Borrowed heads have class means of the task's own examples, as in the paper; of these LoRA saw none.",
-        )
+    for against in (against_vectors, against_tuning):  # last, as these take longest
+        against(study, model, add)
         yield from found
-    if some := mtv_tasks(study):
         found.clear()
-        folder = vectors(study, model)
-        sav_again = methods_of(folder, "sav", some)
-        for method, how in (("mtv", "written answers"), ("mtv-likelihood", "likeliest answer")):
-            add(
-                f"SAVs beat multimodal task vectors on the same examples ({how}).",
-                main,
-                f"{', '.join(some)}; {SHOTS} shots",
-                sav_again,
-                methods_of(folder, method, some),
-                names=("sav", method),
-                note="Means over 100 prompts of 4 demonstrations, whose last word is `Answer:`; a search of 150 steps.",
-            )
-        yield from found
+    add_elsewhere(study, model, heads, add)
+    yield from found
 
 
-def _demonstrations(study: Study, model: str, add: Callable[..., None], many: str) -> None:
-    """In-context learning in both layouts, and what the layouts alone do."""
-    main, tasks = "main table", tasks_of(study)
-    turns, one, none, asked_too = (
-        of(study, model) for of in (in_turns, in_context, without_demonstrations, asked_again)
+_NO_PAIR = f"of tasks that are alike ({'; '.join(f'{a} and {b}' for a, b in SIMILAR[::2])}), no two are among these."
+
+
+def add_elsewhere(study: Study, model: str, heads: Mapping[str, Any], add: Callable[..., None]) -> None:
+    """What is lost if another task chose the heads, or tuned the model."""
+    pairs = [pair for pair in SIMILAR if set(pair) <= set(heads)]
+    if not tuned_tasks(study, model):
+        pairs = []
+    targets = [target for _, target in pairs]
+    with_lora = lora_elsewhere(study, model, tuple(pairs)) if pairs else {}
+    own = {t: per_task(with_lora, f"lora of {t}", [t])[t] for t in targets}
+    borrowed = {t: per_task(with_lora, f"lora of {source}", [t])[t] for source, t in pairs}
+    own_heads = per_task(heads, f"{HEADS} heads", targets)
+    borrowed_heads = {t: per_task(heads, f"heads of {source}", [t])[t] for source, t in pairs}
+    sides = {
+        "heads of another task": borrowed_heads,
+        "own heads": own_heads,
+        "LoRA of another task": borrowed,
+        "own LoRA": own,
+    }
+    add(
+        "Heads chosen on a similar task lose less than LoRA tuned on it.",
+        "cross-task generalisation",
+        f"{'; '.join(' to '.join(pair) for pair in pairs)}; what each loses against the task's own",
+        losses(own_heads, borrowed_heads),
+        losses(own, borrowed),
+        names=("change of heads", "change of LoRA"),
+        values={name: mean(of) for name, of in sides.items() if of},
+        missing=f"{_NO_PAIR} Or LoRA could not be trained.",
+        note="Borrowed heads have class means of the task's own examples, as in the paper; LoRA saw none of these.",
     )
-    sav = methods_of(one, "sav", tasks)
-    setting = f"{many}, 4 demonstrations"
-    kinds = ("", "written answers"), ("-likelihood", "likeliest answer")
-    for kind, how in kinds:
-        add(
-            f"SAVs beat in-context learning with 4 demonstrations as turns of a conversation ({how}).",
-            main,
-            setting,
-            sav,
-            methods_of(turns, f"icl-turns{kind}", tasks),
-            names=("sav", f"icl-turns{kind}"),
-            note=_NO_DEMONSTRATIONS,
-        )
-    for kind, how in kinds:
-        add(
-            f"SAVs beat in-context learning with 4 demonstrations in one turn ({how}).",
-            main,
-            setting,
-            sav,
-            methods_of(one, f"icl{kind}", tasks),
-            names=("sav", f"icl{kind}"),
-            note=f"{_NO_DEMONSTRATIONS} Prompts end in the word `Answer:`, which they never learned: see the next row.",
-        )
-    for kind, how in kinds:
-        asked_alone = methods_of(asked_too, f"zero-shot{kind}", tasks)
-        layout = methods_of(none, f"icl{kind}", tasks)
-        shown = methods_of(one, f"icl{kind}", tasks)
-        in_turn = methods_of(turns, f"icl-turns{kind}", tasks)
-        add(
-            f"The layout in one turn harms without any demonstration ({how}).",
-            "a control",
-            f"mean of {len(tasks)} tasks: zero-shot against the same question with `Answer:` behind it",
-            asked_alone,
-            layout,
-            names=(f"zero-shot{kind}", "with the word alone"),
-            values={"with the word and 4 demonstrations": mean(shown)},
-        )
-        add(
-            f"Demonstrations harm beside their layout: 4 as turns of a conversation are worse than none ({how}).",
-            "a control",
-            f"mean of {len(tasks)} tasks: zero-shot against the same question after 4 answered ones",
-            asked_alone,
-            in_turn,
-            names=(f"zero-shot{kind}", f"icl-turns{kind}"),
-        )
-
-
-_NO_DEMONSTRATIONS = "No prompt of these models' training had demonstrations: this rival is weak."
 
 
 def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
@@ -429,7 +317,8 @@ def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
         borrowed,
         per_task(heads, "random heads", targets),
         names=("borrowed", "random"),
-        values={"own": mean(own)},
+        values={"own": mean(own)} if own else {},
+        missing=_NO_PAIR,
     )
     add(
         "Heads chosen on a similar task serve as well as the task's own: no more than 2 points below.",
@@ -439,31 +328,9 @@ def _transfers(heads: Mapping[str, Any], add: Callable[..., None]) -> None:
         own,
         names=("borrowed", "own"),
         margin=2.0,
+        missing=_NO_PAIR,
         note="The paper's own loss is 2.0 points one way and 13.8 the other.",
     )
-
-
-def mean(of: Mapping[str, Answers]) -> float:
-    """Over tasks, in %."""
-    return round(float(np.mean([answers.mean for answers in of.values()])), 2)
-
-
-def methods_of(folder: Path, method: str, tasks: Sequence[str]) -> dict[str, Answers]:
-    """Task -> a method's answers."""
-    return {task: answers_of(folder, task, method) for task in tasks}
-
-
-def unreadable(folder: Path, tasks: Sequence[str]) -> str:
-    """How often the model wrote something that is no answer, where that is often."""
-    results, told = results_of(folder), []
-    for task in tasks:
-        run = results.run(task, 0, "zero-shot") or results.run(task, SHOTS, "zero-shot")
-        assert run is not None
-        found = results.answers(run.key)
-        none = np.mean([not text for seed in run.seeds for text in found["zero-shot", seed].predictions])
-        if none > 0.05:
-            told.append(f"{task} {100 * none:.0f} %")
-    return f"Written answers that name no class: {', '.join(told)}." if told else ""
 
 
 def tables(study: Study) -> list[Table]:
@@ -479,6 +346,7 @@ def _by_task(study: Study, model: str) -> Table:
         "likeliest": methods_of(asked(study, model), "zero-shot-likelihood", tasks),
         "icl": methods_of(in_context(study, model), "icl", tasks),
         "icl likeliest": methods_of(in_context(study, model), "icl-likelihood", tasks),
+        **turns_of(study, model),
         TOWER: per_task(tower, TOWER),
         WITH_WORDS: per_task(tower, WITH_WORDS),
         "last layer": methods_of(asked(study, model), "centroid-last-layer", tasks),
@@ -490,8 +358,9 @@ def _by_task(study: Study, model: str) -> Table:
         "hec": methods_of(asked(study, model), "hec", tasks),
         "sav": methods_of(asked(study, model), "sav", tasks),
     }
-    if study.finished(f"savs/{model}/lora"):
-        methods["lora"] = methods_of(tuned(study, model), "lora", lora_tasks(study))
+    for name, run, some in (("mtv", vectors, mtv_tasks), ("lora", tuned, lora_tasks)):
+        if study.finished(f"savs/{model}/{name}"):
+            methods[name] = methods_of(run(study, model), name, some(study))
     rows = [
         (
             name,
@@ -501,8 +370,9 @@ def _by_task(study: Study, model: str) -> Table:
         for name, of in methods.items()
     ]
     note = (
-        f"{SHOTS} shots, {len(study.seeds)} seeds, {study.limit} queries of each at most (the [README](../README.md) "
-        "asks all of the digits); `icl` on fewer. `all heads`, `random heads` and `tower`: "
+        f"{SHOTS} shots, {len(study.seeds)} seeds, {study.limit} queries of each at most"
+        + " (the [README](../README.md) asks all of the digits)" * (not study.special)
+        + "; `icl`, `icl-turns`, `mtv` on fewer. `all heads`, `random heads` and `tower`: "
         "above; the others are methods of `sav-jax eval` ([methods.md](methods.md), "
         "[methods-models.md](methods-models.md)): `likeliest` is `zero-shot-likelihood`, layers are `centroid-...`."
     )
@@ -514,7 +384,7 @@ def plots(study: Study) -> list[Path]:
     found = {model: rescored(study, model) for model in study.models}
     by_heads, by_shots = [], []
     for model, heads in found.items():
-        points = [*((n, f"{n} heads") for n in NUMBERS), (heads_of(model)[0] * heads_of(model)[1], "all heads")]
+        points = [*((n, f"{n} heads") for n in NUMBERS), (int(np.prod(heads_of(study, model))), "all heads")]
         by_heads.append((model, _lines(heads, points, "sheet")))
         by_shots.append((model, _lines(heads, [(n, f"{n} shots") for n in NUMBERS], "shots")))
     tasks = tasks_of(study)
@@ -530,6 +400,11 @@ def plots(study: Study) -> list[Path]:
 
 
 def _lines(heads: Mapping[str, Any], points: Sequence[tuple[int, str]], sheet: str) -> list[Line]:
-    at = [place for place, _ in points]
-    lines = [Line(task, at, [per_task(heads, name, [task], sheet)[task].mean for _, name in points]) for task in heads]
-    return [*lines, Line("mean", at, np.mean([line.values for line in lines], axis=0).tolist(), thick=True)]
+    lines = []
+    for task in heads:
+        there = [(place, name) for place, name in points if name in heads[task][sheet]["values"]]
+        values = [per_task(heads, name, [task], sheet)[task].mean for _, name in there]
+        lines.append(Line(task, [place for place, _ in there], values))
+    fewest = min(len(line.at) for line in lines)  # the mean ends where a task does
+    means = np.mean([line.values[:fewest] for line in lines], axis=0).tolist()
+    return [*lines, Line("mean", lines[0].at[:fewest], means, thick=True)]

@@ -35,7 +35,7 @@ from sav_jax.world.scene import draw, sample_scene
 from sav_jax.world.shapes import SHAPES
 from scripts.reproduction import aim_measured
 from scripts.reproduction.aim_measured import answered
-from scripts.reproduction.study import Answers, Finding, Study, Table, finding
+from scripts.reproduction.study import Answers, Finding, Study, Table, finding, untested
 from scripts.reproduction.trained import mean, over_both, quiet, trainings
 
 PART = "sq"
@@ -270,7 +270,7 @@ def cells(study: Study, model: str) -> Cells:
 
     @functools.cache
     def load() -> LMM:
-        return sav_jax.load(model)
+        return study.load(model)
 
     fits = study.kept(f"{PART}/{model}/layout", lambda: isinstance(load().config, LlavaConfig))
     arms = list(dict.fromkeys(arm for *_, with_it, without in CLAIMS for arm in (with_it, without)))
@@ -320,10 +320,8 @@ def rows_of(study: Study, model: str, found: Cells) -> list[Finding]:
     rows = []
     for part, claim, with_it, without in CLAIMS:
         if with_it not in found.arms:
-            nothing: dict[str, Any] = {"values": {}, "difference": None, "low": None, "high": None, "seeds": 0}
-            known: dict[str, Any] = {"part": PART, "claim": claim, "source": "SQ-LLaVA, ablation table"}
-            note = "the layout has no place for a prototype extractor"
-            rows.append(Finding(**known, model=model, setting=setting, **nothing, note=note))
+            known: dict[str, Any] = {"claim": claim, "source": "SQ-LLaVA, ablation table", "model": model}
+            rows.append(untested(PART, "the layout has no place for a prototype extractor", setting=setting, **known))
             continue
         better, worse = found.arms[with_it], found.arms[without]
         note = losses(better, worse)

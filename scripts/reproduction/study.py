@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -30,6 +31,7 @@ from sav_jax._files import write_file
 from sav_jax.errors import UserError
 from sav_jax.eval.statistics import Interval, paired_bootstrap
 from sav_jax.eval.stored import Results
+from sav_jax.lmm import LMM
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("tiny", "tiny-qwen")
@@ -93,17 +95,35 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """A model that is not bundled.
+
+    Attributes:
+      name: of folders, and on the page.
+      path: what :func:`sav_jax.load` takes: an absolute path, or a hub id.
+      fingerprint: of its files (:func:`sav_jax.lmm.checkpoint_fingerprint`).
+    """
+
+    name: str
+    path: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Study:
     """A run of the study.
 
     Attributes:
       output: folder of everything that is measured.
-      models: what is tested, names for ``--model``.
+      models: what is tested: bundled models, and names of ``others``.
       seeds: of the draws of labelled examples.
       quick: fewer queries, tasks and steps; a study to try the scripts, not to quote.
       pages: folder for the page and its pictures.
       say: is told what goes on.
       kept_only: what is not there is an error, not measured.
+      others: models that are not bundled.
+      tasks: of the first two parts, where they are not the study's own: name -> what ``--tasks`` calls it.
+      data_dir: of the tasks' files; None for tasks that have none.
     """
 
     output: Path
@@ -113,6 +133,47 @@ class Study:
     pages: Path = ROOT / "docs"
     say: Callable[[str], None] = field(default=lambda text: print(text, file=sys.stderr, flush=True))
     kept_only: bool = False
+    others: tuple[Checkpoint, ...] = ()
+    tasks: Mapping[str, str] = field(default_factory=dict)
+    data_dir: Path | None = None
+
+    @property
+    def special(self) -> bool:
+        """Whether it is about other models or other tasks than those of docs/reproduction.md."""
+        return bool(self.others or self.tasks)
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """Models that have a place on the page."""
+        return self.models if self.special else MODELS
+
+    def bundled(self, model: str) -> bool:
+        """Whether one knows what a model learned from."""
+        return model not in {other.name for other in self.others}
+
+    def checkpoint(self, model: str) -> str:
+        """What :func:`sav_jax.load` and ``--model`` take."""
+        return next((other.path for other in self.others if other.name == model), model)
+
+    def load(self, model: str) -> LMM:
+        """The model itself."""
+        return sav_jax.load(self.checkpoint(model))
+
+    def called(self, tasks: Sequence[str]) -> str:
+        """What ``--tasks`` calls them."""
+        return ",".join(self.tasks.get(task, task) for task in tasks)
+
+    @property
+    def options(self) -> str:
+        """That make ``scripts/reproduce.sh`` measure this, with a space at the end; "" for the usual study."""
+        told: list[str] = []
+        if self.special:
+            told += ["--models", ",".join(map(self.checkpoint, self.models))]
+            told += ["--tasks", self.called(list(self.tasks))] if self.tasks else []
+            told += ["--data-dir", str(self.data_dir)] if self.data_dir else []
+            told += ["--quick"] if self.quick else []
+            told += ["--output", self.shown(self.output)]
+        return shlex.join(told) + " " * bool(told)
 
     @property
     def limit(self) -> int:
@@ -147,7 +208,8 @@ class Study:
 
         Args:
           name: of the folder below ``output`` that the command writes to, such as "savs/tiny/methods".
-          arguments: of the command; :data:`OUTPUT` in them stands for that folder.
+          arguments: of the command; :data:`OUTPUT` in them stands for that folder, and behind ``--model`` a name
+            for its checkpoint, wherever that is.
           script: run ``python SCRIPT`` instead of ``sav-jax``, a path from the root of the repository.
 
         Returns:
@@ -159,9 +221,10 @@ class Study:
         """
         folder, record = self.output / name, self.output / f"{name}.json"
         told = [argument.replace(OUTPUT, self.shown(folder)) for argument in arguments]
+        told = [self.checkpoint(b) if a == "--model" else b for a, b in itertools.pairwise(["", *told])]
         first_words = ["python", script] if script else ["sav-jax"]
         line = shlex.join([*first_words, *told])
-        key = self._key(shlex.join([*first_words, *arguments]))  # wherever the folder is
+        key = self._key(name, shlex.join([*first_words, *arguments]))  # wherever the folder is
         before = _json(record)
         if before.get("key") == key and before.get("seconds") is not None and folder.exists():
             return folder
@@ -195,10 +258,11 @@ class Study:
           name: of the file below ``output``, without its suffix, such as "savs/tiny/curves".
           compute: gives something that JSON can hold (tuples come back as lists).
           facts: everything that the result depends on; if they change it is computed anew. The study's ``quick``,
-            ``seeds`` and the weights of the bundled models always count.
+            ``seeds``, ``data_dir`` and the weights (of the bundled models, or of the other model that ``name`` has
+            behind its first slash) always count.
         """
         file = self.output / f"{name}.json"
-        key = self._key(json.dumps([facts, self.quick, self.seeds], sort_keys=True, default=str))
+        key = self._key(name, json.dumps([facts, self.quick, self.seeds], sort_keys=True, default=str))
         before = _json(file)
         if before.get("key") == key:
             return before["value"]
@@ -229,7 +293,8 @@ class Study:
         return found
 
     def _files(self) -> list[Path]:
-        return [file for file in sorted(self.output.rglob("*.json")) if "cache" not in file.parts]
+        cache = Path(self.cache)
+        return [file for file in sorted(self.output.rglob("*.json")) if not file.is_relative_to(cache)]
 
     def _records(self) -> list[dict[str, Any]]:
         return [_json(file) for file in self._files()]
@@ -251,7 +316,7 @@ class Study:
 
     def findings(self, part: str) -> list[Finding]:
         """Those of a part that were kept, claim by claim, models side by side."""
-        found = [Finding(**row) for model in MODELS for row in self.record(part, model).get("findings", [])]
+        found = [Finding(**row) for model in self.listed for row in self.record(part, model).get("findings", [])]
         order = list(dict.fromkeys(finding.claim for finding in found))
         return sorted(found, key=lambda finding: order.index(finding.claim))
 
@@ -261,8 +326,12 @@ class Study:
                 f"{self.shown(self.output / name)}: not there, or of other settings or weights; measure first"
             )
 
-    def _key(self, text: str) -> str:
-        return hashlib.sha256(json.dumps([text, sav_jax.__version__, self._weights]).encode()).hexdigest()
+    def _key(self, name: str, text: str) -> str:
+        prints = {other.name: other.fingerprint for other in self.others if other.name in name.split("/")[1:2]}
+        facts = [text, sav_jax.__version__, prints or self._weights]
+        if self.data_dir is not None:
+            facts.append(str(self.data_dir))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -322,6 +391,17 @@ def finding(part: str, interval: Interval, **rest: Any) -> Finding:
     low, high = (None, None) if ci is None else ci
     queries = interval.queries if isinstance(interval, Difference) else 0
     return Finding(part=part, difference=interval.mean, low=low, high=high, **{"queries": queries, **rest})
+
+
+def untested(part: str, note: str, **rest: Any) -> Finding:
+    """A finding of a claim for which something is missing, and what."""
+    nothing: dict[str, Any] = {"values": {}, "difference": None, "low": None, "high": None, "seeds": 0}
+    return Finding(part=part, note=note, **nothing, **rest)
+
+
+def means_of(tasks: Sequence[str]) -> str:
+    """In words, for settings."""
+    return f"mean of {len(tasks)} tasks" if len(tasks) > 1 else "".join(tasks)
 
 
 def results_of(folder: Path) -> Results:

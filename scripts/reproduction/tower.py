@@ -17,15 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import sav_jax
 from sav_jax.batching import plan_batches
 from sav_jax.eval.tasks.base import Item
 from sav_jax.extract import plan_prompts, run_batches
 from sav_jax.lmm import LMM
 from sav_jax.models.batch import Batch
 from sav_jax.models.multimodal import MultimodalModel
-from scripts.reproduction.heads import Draw, Sheet, draws
-from scripts.reproduction.rescoring import SHOTS, tasks_of
+from scripts.reproduction.heads import Draw, Sheet, draws, task_and_data
+from scripts.reproduction.rescoring import SHOTS, TASKS, tasks_of
 from scripts.reproduction.study import Study
 
 TOWER, WITH_WORDS = "tower", "tower and words"
@@ -35,10 +34,29 @@ def towers(study: Study, model: str) -> dict[str, Any]:
     """Task -> {"sheet": answers of the tower alone and with words} to the queries that 20 shots leave."""
 
     def compute() -> dict[str, Any]:
-        lmm = sav_jax.load(model)
+        lmm = study.load(model)
         return {task: {"sheet": _of_task(lmm, draws(study, task, SHOTS)).content()} for task in tasks_of(study)}
 
     return dict(study.kept(f"tower/{model}", compute, tasks=tasks_of(study), limit=study.limit, version=1))
+
+
+def asked_differently(study: Study, model: str, known: Sequence[str]) -> list[str]:
+    """Tasks whose questions are not the same for all examples.
+
+    Args:
+      study: the study.
+      model: the name that what is found is kept by.
+      known: those among the study's own tasks.
+    """
+    tasks = tasks_of(study)
+    others = [task for task in tasks if task not in TASKS]
+
+    def compute() -> dict[str, bool]:
+        pools = {task: task_and_data(study, task)[1].pool for task in others}
+        return {task: len({item.example.question for item in pool}) > 1 for task, pool in pools.items()}
+
+    differ = study.kept(f"questions/{model}", compute, tasks=others) if others else {}
+    return [task for task in tasks if task in known or differ.get(task)]
 
 
 def _of_task(lmm: LMM, drawn: Sequence[Draw]) -> Sheet:

@@ -39,7 +39,7 @@ def varied(study: Study, model: str) -> dict[str, Any]:
     """
 
     def compute() -> dict[str, Any]:
-        lmm = sav_jax.load(model)
+        lmm = study.load(model)
         return {task: _of_task(study, lmm, task) for task in tasks_of(study)}
 
     facts = {"tasks": tasks_of(study), "limit": study.limit, "wrong": WRONG}
@@ -84,7 +84,7 @@ def lora_elsewhere(study: Study, model: str, pairs: tuple[tuple[str, str], ...])
     steps = 20 if study.quick else 100
 
     def compute() -> dict[str, Any]:
-        lmm = sav_jax.load(model)
+        lmm = study.load(model)
         asked = {target: [source for source, t in pairs if t == target] for _, target in pairs}
         tasks = {name: find_tasks(name)[0] for name in dict.fromkeys(name for pair in pairs for name in pair)}
         data, digests = {name: task.load(default_data_dir() / name) for name, task in tasks.items()}, Digests()
