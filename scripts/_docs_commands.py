@@ -44,9 +44,9 @@ SIZES: dict[str, dict[str, str]] = {
     "python scripts/bench_pytorch.py": {"--quick": ""},
     "python tests/families.py": {"": "llava"},
     "python tests/families_video.py": {"": "qwen2_vl"},
+    "python scripts/same_heads.py": {"--models": "tiny", "--number": "2"},
     "bash scripts/reproduce.sh": {
         "--quick": "",
-        "--parts": "aim",
         "--models": "tiny",
         "--output": "{here}/results/reproduced",
     },
@@ -55,7 +55,7 @@ SIZES: dict[str, dict[str, str]] = {
 no option is added as it is; ``{here}`` is the folder in which commands run.
 """
 
-ALONE = r"^(sav-jax plan|bash|python tests/|python scripts/bench_pytorch\.py)"
+ALONE = r"^(sav-jax plan|bash|python tests/|python scripts/(bench_pytorch|same_heads)\.py)"
 """Commands that need a process of their own: libtpu, which "plan" loads, ends one that has flags it does not know;
 others have several devices, or PyTorch's threads.
 """

@@ -48,8 +48,7 @@ from what they measure; none of its figures is typed. What holds here holds for 
 small world. It says that the method does what its authors say where everything can be checked, not that their
 numbers are right; the same study of real checkpoints and data, whatever `sav-jax eval` reads and asks
 ([tasks.md](tasks.md)), is `bash scripts/reproduce.sh --models PATH_OR_HUB_ID --tasks NAMES --data-dir DIR`, whose page
-stays in results/. There is no row for: SAVs against task vectors (`mtv`) and against whole layers chosen as heads are,
-transfer of LoRA, noisy labels; SQ-LLaVA with none of its parts, and captions; where AIM's inner model attends.
+stays in results/.
 """
 OF_OTHERS = """\
 # The papers' claims on other models or tasks

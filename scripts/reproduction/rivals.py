@@ -55,7 +55,8 @@ def asked_again(study: Study, model: str) -> Path:
 
 def vectors(study: Study, model: str) -> Path:
     """Multimodal task vectors, which are looked for under every draw: on a few tasks."""
-    return _eval(study, model, "mtv", mtv_tasks(study), ("sav", "mtv", "mtv-likelihood"), shown_limit(study))
+    short = ("--mtv-prompts", "20", "--mtv-steps", "20") if study.quick else ()
+    return _eval(study, model, "mtv", mtv_tasks(study), ("sav", "mtv", "mtv-likelihood"), shown_limit(study), *short)
 
 
 def tuned(study: Study, model: str) -> Path:
@@ -217,7 +218,8 @@ def against_vectors(study: Study, model: str, add: Callable[..., None]) -> None:
             methods_of(folder, f"mtv{kind}", some),
             names=("sav", f"mtv{kind}"),
             missing=_missing(model, "mtv"),
-            note="Means over 100 prompts of 4 demonstrations that end in the word `Answer:`; a search of 150 steps.",
+            note=f"Means over {20 if study.quick else 100} prompts of 4 demonstrations that end in the word `Answer:`; "
+            f"a search of {20 if study.quick else 150} steps.",
         )
 
 

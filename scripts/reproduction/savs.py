@@ -275,7 +275,7 @@ _NO_PAIR = f"of tasks that are alike ({'; '.join(f'{a} and {b}' for a, b in SIMI
 
 def add_elsewhere(study: Study, model: str, heads: Mapping[str, Any], add: Callable[..., None]) -> None:
     """What is lost if another task chose the heads, or tuned the model."""
-    pairs = [pair for pair in SIMILAR if set(pair) <= set(heads)]
+    pairs = [pair for pair in SIMILAR if set(pair) <= set(heads)][: 1 if study.quick else None]
     if not tuned_tasks(study, model):
         pairs = []
     targets = [target for _, target in pairs]
