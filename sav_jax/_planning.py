@@ -10,7 +10,7 @@ import jax
 
 from sav_jax._training_options import Plan
 from sav_jax.errors import UserError
-from sav_jax.plan import Report, largest_batch, topology_devices
+from sav_jax.plan import Report, largest_batch, likely_largest, topology_devices
 from sav_jax.sharding import data_size, mesh_of
 
 
@@ -25,6 +25,8 @@ def run(options: Plan) -> None:
             print(f"compiling for a batch of {batch} ...", file=sys.stderr)
         return plan(batch)
 
+    if size < 1:
+        raise UserError(f"--batch-size must be at least 1, not {size}")
     report = compiled(size)
     largest = largest_batch(compiled, multiple, report, size) if options.largest else None
     if options.json:
@@ -35,6 +37,8 @@ def run(options: Plan) -> None:
         print(
             f"  largest batch that fits: {largest}" if largest else "  no batch fits: take more chips, or fsdp, model"
         )
+    elif likely := likely_largest(report, size, multiple):
+        print(f"  a batch of about {likely} fits, if what it takes grows with it; --largest compiles to make sure")
 
 
 def _extraction(options: Plan) -> tuple[Callable[[int], Report], int, int]:
@@ -47,7 +51,11 @@ def _extraction(options: Plan) -> tuple[Callable[[int], Report], int, int]:
     multiple = _sharing(options)
     where = options.model, options.topology, options.mesh
     lengths = options.max_tokens, options.image_rows
-    return lambda batch: plan_extraction(*where, batch, *lengths), multiple, options.batch_size or multiple
+    return (
+        lambda batch: plan_extraction(*where, batch, *lengths),
+        multiple,
+        (multiple if options.batch_size is None else options.batch_size),
+    )
 
 
 def _training(options: Plan) -> tuple[Callable[[int], Report], int, int]:

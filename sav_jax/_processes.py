@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import hashlib
 import io
 import itertools
 import json
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,6 +100,29 @@ def known_by_all(places: Sequence[int], number: int) -> list[int]:
     found = np.zeros(number, bool)
     found[list(places)] = True
     return np.flatnonzero(np.asarray(multihost_utils.broadcast_one_to_all(found))).tolist()
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """Compare what every process must know alike. All of them call this.
+
+    Args:
+        facts: what it is, as an error says it -> a text that tells it from others.
+
+    Raises:
+        UserError: they differ; in every process.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    own = np.array([list(hashlib.sha256(of.encode()).digest()) for of in facts.values()], np.uint8)
+    every = np.asarray(multihost_utils.process_allgather(own)).reshape(jax.process_count(), *own.shape)
+    for what, of in zip(facts, np.moveaxis(every, 1, 0), strict=True):
+        unlike = np.flatnonzero((of != of[0]).any(axis=1))
+        if len(unlike):
+            raise UserError(
+                f"process {unlike[0]} has {what} than process 0: every process must be given the same files"
+            )
 
 
 def share(number: int) -> slice:

@@ -214,7 +214,7 @@ def kvstore_spec(path: AnyPath, folder: str = "") -> dict[str, Any]:
     """
     where = location(path)
     if isinstance(where, Path):
-        return {"driver": "file", "path": f"{where.expanduser().absolute()}/{folder}"}
+        return {"driver": "file", "path": f"{where.expanduser().resolve()}/{folder}"}  # which may not hold ".."
     return {"driver": "gcs", "bucket": where.bucket, "path": f"{where.key}/{folder}" if where.key else folder}
 
 

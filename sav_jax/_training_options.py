@@ -310,8 +310,9 @@ class Plan:
     """Prompts of a batch, or conversations per step, over all chips."""
 
     largest: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Look for the largest batch that fits, too: compiles up to six programs more. Of a training step it begins with
-    the preset's batch, unless --batch-size says with which, and leaves the rest of the recipe as it is."""
+    """Look for the largest batch that fits, to within a twentieth, too: compiles up to twelve programs more, usually
+    three to five. Of a training step it begins with --batch-size, or the preset's, and leaves the rest of the recipe as
+    it is."""
 
     micro_batches: Annotated[int | None, _preset("N")] = None
     """Cut every batch into so many parts, one after the other."""

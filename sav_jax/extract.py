@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 from einops import rearrange
 from tqdm import tqdm
 
-from sav_jax._processes import gathered, known_by_all, share, shared_out, wait_for_all
+from sav_jax._processes import check_same, gathered, known_by_all, share, shared_out, wait_for_all
 from sav_jax._profiling import Stopwatch
 from sav_jax._storage import BucketPath
 from sav_jax._visual_pool import pool_for
@@ -248,6 +249,9 @@ def plan_prompts(lmm: LMM, examples: Sequence[Example]) -> list[Prompt]:
     """
     # A model of this process alone may be asked by this process alone.
     together = jax.process_count() > 1 and lmm.mesh is not None and lmm.mesh.is_multi_process
+    if together:  # rows are shared out by their places: unlike lists would mix without a word
+        rows = json.dumps([_told_apart(example) for example in examples])
+        check_same({"another model": lmm.fingerprint, "other rows": rows})
     shapes = _told_shapes(lmm, examples) if together else functools.partial(_media_shapes, lmm)
     prompts = []
     for example in examples:
@@ -314,6 +318,12 @@ def digests_of_all(examples: Sequence[Example]) -> list[list[str]]:
     """Of each, its :func:`media_digests`; files that several show are read once, by one of the processes."""
     found = _once_for_all(examples, media_digests)
     return [found[_shown(example)] for example in examples]
+
+
+def _told_apart(example: Example) -> list[Any]:
+    """What tells an example from others without opening a file. Folders may have other names on other hosts."""
+    media = [str(of).rpartition("/")[2] if isinstance(of, Path | BucketPath) else "" for of in example.images]
+    return [example.id, example.question, example.label, media, len(example.videos), len(example.history)]
 
 
 def _once_for_all(examples: Sequence[Example], work: Callable[[Example], Any]) -> dict[tuple[Any, ...], Any]:

@@ -243,7 +243,8 @@ def write_head_array(
         _write_parts(where, heads, lines, facts)
         return
 
-    target = where.expanduser().absolute()
+    where = where.expanduser()
+    target = where.resolve() if where.name in ("", "..") else where.parent.resolve() / where.name
     _make_folder(target.parent)
     staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -190,11 +190,11 @@ def load(
     sharding = None if mesh is None else parameter_sharding(mesh)
     left_out = is_lm_head if not lm_head and adapter is None else None
     name = str(path)
-    with unchanged(weight_files(directory)):
+    settings = [directory / name for name in ("config.json", *_SETTINGS_FILES)]
+    with unchanged([*weight_files(directory), *settings]):
         params = load_params(directory, arch.table, abstract, dtype, sharding, left_out)
-        weights = weights_digest(directory)
-    processor = load_processor(directory, raw)
-    fingerprint = hashlib.sha256(f"{weights} {_settings_digest(directory, raw)}".encode()).hexdigest()
+        processor = load_processor(directory, raw)
+        fingerprint = checkpoint_fingerprint(directory)
     if adapter is not None:
         name = f"{path} + {adapter}"
         with unchanged(adapters.files_of(adapter)):

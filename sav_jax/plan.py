@@ -276,11 +276,11 @@ def plan(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"\(([\d.]+)([MG])\) exceeds available HBM \(([\d.]+)G\)", str(error))
-        found = found or re.search(r"Used ([\d.]+)([MG]) of ([\d.]+)G hbm", str(error))
+        found = re.search(r"\(([\d.]+)([KMGTP])\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        found = found or re.search(r"Used ([\d.]+)([KMGTP]) of ([\d.]+)G hbm", str(error))
         if found is None:
-            raise
-        used = int(float(found[1]) * (GIB if found[2] == "G" else 2**20))
+            raise UserError(f"the compiler gives up: {' '.join(str(error).split())[:300]}") from error
+        used = int(float(found[1]) * 2 ** (10 + 10 * "KMGTP".index(found[2])))
         return Report(**common, fits=False, memory=int(float(found[3]) * GIB), total=used + idle)
     seconds = time.perf_counter() - start
     sizes = compiled.memory_analysis()
@@ -306,7 +306,24 @@ def plan(
     )
 
 
-def largest_batch(compiled: Callable[[int], Report], multiple: int, known: Report, size: int, tries: int = 6) -> int:
+def likely_largest(known: Report, size: int, multiple: int) -> int:
+    """About the largest batch that fits, from one plan: all but parameters in proportion to the batch.
+
+    Args:
+        known: the plan of a batch of ``size``.
+        size: see ``known``.
+        multiple: every batch size is a multiple of it.
+
+    Returns:
+        A multiple of ``multiple``; 0 if the plan did not fit, or does not say enough.
+    """
+    if not known.fits or not known.memory or known.parameters is None:
+        return 0
+    fixed = known.parameters + (known.idle or 0)
+    return int(size * (known.memory - fixed) / max(known.total - fixed, 1)) // multiple * multiple
+
+
+def largest_batch(compiled: Callable[[int], Report], multiple: int, known: Report, size: int, tries: int = 12) -> int:
     """The largest batch that the compiler finds room for, to within a twentieth.
 
     What a program takes grows nearly in proportion to its batch: two plans tell how fast, the compiler is asked about

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import sav_jax
 from sav_jax import plan
 from sav_jax.cli import main
+from sav_jax.errors import UserError
 from sav_jax.lmm import BUNDLED
 from sav_jax.models.registry import architecture, read_config
 from sav_jax.plan import GIB, Collective, Report, collectives, estimated_cycles, largest_batch, product_flops
@@ -188,9 +190,49 @@ def test_the_largest_batch(fixed: float, growth: float, power: float, multiple: 
     found = largest_batch(compiled, multiple, compiled(asked * multiple), asked * multiple)
     assert found == max((batch for batch, fits in tried.items() if fits), default=0)
     assert all(batch > found for batch, fits in tried.items() if not fits)
-    assert len(tried) <= 7
+    assert len(tried) <= 13
+    over = min((batch for batch, fits in tried.items() if not fits), default=None)
+    assert over is not None
+    assert over - found <= max(multiple, found // 20), "to within a twentieth"
     if power == 1.0 and growth * multiple > 1e8:  # in proportion: exactly
         assert fixed + growth * (found + 2 * multiple) > memory
+
+
+@pytest.mark.parametrize(
+    ("text", "total"),
+    [
+        ("HLO temporaries (12.92T) exceeds available HBM (15.75G)", int(12.92 * 2**40)),
+        ("Used 512.5M of 15.75G hbm", int(512.5 * 2**20)),
+        ("gave up\nfor reasons of its own", None),
+    ],
+)
+def test_what_the_compiler_says_of_memory(monkeypatch: pytest.MonkeyPatch, text: str, total: int | None) -> None:
+    mesh = mesh_of(plan.topology_devices("v5e:2x2"), "data=4")
+    shape = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def refused(self: Any) -> None:
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {text}")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refused)
+    words = "a sum", "v5e:2x2", mesh, jax.jit(lambda x: x + 1), (shape,), lambda path: True
+    if total is None:
+        with pytest.raises(
+            UserError, match=r"^the compiler gives up: RESOURCE_EXHAUSTED: gave up for reasons of its own$"
+        ):
+            plan.plan(*words)
+        return
+    report = plan.plan(*words)
+    assert (report.fits, report.total, report.memory) == (False, total, int(15.75 * GIB))
+
+
+def test_a_batch_is_suggested_from_one_plan() -> None:
+    def report(fits: bool = True, total: int = 5 * GIB, parameters: int | None = GIB) -> Report:
+        return Report("", "", "", {}, fits, 13 * GIB, total, parameters=parameters, idle=GIB)
+
+    # Three GiB of 8 prompts beside two of parameters: eleven are left.
+    assert plan.likely_largest(report(), 8, 4) == 28
+    assert plan.likely_largest(report(total=3 * GIB), 8, 4) == 88
+    assert plan.likely_largest(report(fits=False), 8, 4) == plan.likely_largest(report(parameters=None), 8, 4) == 0
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -247,6 +289,8 @@ PLAN = ("plan", "--model", "tiny", "--topology", "v5e:2x2", "--mesh", "data=4")
         (["--preset", "stage2"], "--preset is for --task train-lora and train-sq"),
         (["--model", "nowhere"], "nowhere"),
         (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--batch-size", "-4", "--task", "train-lora"], "batch_size must be at least 1, not -4"),
     ],
 )
 def test_bad_plans_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str], problem: str) -> None:

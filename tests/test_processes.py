@@ -116,7 +116,7 @@ def test_headers_are_shared_out(tmp_path: Path) -> None:
     said of files that cannot be read: of the first example in order, by all.
     """
     program = """
-import json, sys, jax, numpy as np
+import dataclasses, json, sys, jax, numpy as np
 import sav_jax
 from sav_jax import Example, _processes
 from sav_jax.extract import plan_prompts
@@ -130,14 +130,19 @@ examples = [Example(f"What{'?' * (i // 8)}", (f"{i % 8}.png",), id=str(i), sourc
 examples.append(Example("What?", (), videos=(clip,), frames=3))
 names = ["none.png", "no.txt", "none.png"]
 bad = [*examples[::-1], *(Example("What?", (name,), source=f"bad {i}") for i, name in enumerate(names))]
+def refused(lmm, examples):
+    try:
+        plan_prompts(lmm, examples)
+    except sav_jax.UserError as error:
+        return str(error)
 def said(lmm):
     read.clear()
     prompts = [[p.token_ids.tolist(), p.num_rows, float(p.visual_weight.sum())] for p in plan_prompts(lmm, examples)]
     counted = read[:]
-    try:
-        plan_prompts(lmm, bad)
-    except sav_jax.UserError as error:
-        return {"read": counted, "prompts": prompts, "error": str(error)}
+    unlike = dataclasses.replace(lmm, fingerprint=sys.argv[2])
+    this = int(sys.argv[2])
+    asked = [(lmm, bad), (lmm, examples[:: 1 - 2 * this]), (lmm, examples[this:]), (unlike, bad)]
+    return {"read": counted, "prompts": prompts, "errors": [refused(*of) for of in asked]}
 print("said", json.dumps(said(sav_jax.load("tiny", mesh=mesh_of(jax.devices(), "data=2")))), flush=True)
 if sys.argv[2] == "0":  # a model of its own needs nobody else
     print("said", json.dumps(said(sav_jax.load("tiny"))), flush=True)
@@ -164,7 +169,12 @@ if sys.argv[2] == "0":  # a model of its own needs nobody else
     lines = [line.removeprefix("said ") for of in outputs for line in of.splitlines() if line.startswith("said ")]
     first, alone, second = map(json.loads, lines)
     assert first["prompts"] == second["prompts"] == alone["prompts"]
-    assert first["error"] == second["error"] == alone["error"] == 'bad 0: field "image": none.png does not exist'
+    bad = 'bad 0: field "image": none.png does not exist'
+    assert first["errors"] == second["errors"]
+    assert first["errors"][0] == bad
+    assert alone["errors"] == [bad, None, None, bad]
+    for problem, what in zip(first["errors"][1:], ("other rows", "other rows", "another model"), strict=True):
+        assert problem == f"process 1 has {what} than process 0: every process must be given the same files"
     assert alone["read"] == [*map(str, range(16)), "", "video"]
     assert sorted(first["read"] + second["read"]) == sorted([*map(str, range(8)), "", "video"])
     assert min(len(first["read"]), len(second["read"])) >= 4

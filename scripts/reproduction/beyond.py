@@ -70,6 +70,12 @@ REASONS: dict[str, str] = {
     f"Scoring heads on examples left out of their class mean chooses better ones ({FEW} shots).": (
         "Five examples of a class give many heads the same score, whichever way it is counted: ties decide."
     ),
+    **{
+        f"Wrong labels on {share} % of the examples cost no more than {NOISE_MARGIN:g} points.": (
+            f"Of twenty examples of a class, {share // 5} pull its mean, and the scores that choose heads, elsewhere."
+        )
+        for share in WRONG[:2]
+    },
     "Gaussian head ensembles (HEC-V) beat SAVs.": (
         "What they gain on claims, pairs and digits they lose on `drawn-safety`, where forty examples have to give a "
         "precision matrix."

@@ -80,6 +80,10 @@ REASONS: dict[str, str] = {
     "Heads chosen on a similar task serve as well as the task's own: no more than 2 points below.": (
         "What is lost depends on the direction (see the matrix), as in the paper."
     ),
+    "Heads chosen on a similar task lose less than LoRA tuned on it.": (
+        "Tasks of a pair name the same things, or check the same kinds of claims, in the same words: LoRA's answers "
+        "carry over. The paper's are of unlike data sets."
+    ),
     f"Nearest class means on chosen heads are no more than {MARGIN:g} point below nearest neighbours on all heads.": (
         "Neighbours on all heads are ahead on `drawn-safety` and pairs and far behind on textures: which of the two is "
         "better depends on the task."

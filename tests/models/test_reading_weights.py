@@ -166,6 +166,22 @@ def test_a_checkpoint_that_changes_while_it_is_read(
     assert str(raised.value) == f"{file}: was changed while it was read"
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_so_do_its_settings(reference: Reference, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    shutil.copytree(reference.directory, tmp_path / "model")
+    file, former = tmp_path / "model" / name, vars(lmm_module)["load_processor"]
+
+    def changing(*given: Any) -> Any:
+        found = former(*given)
+        file.write_bytes(file.read_bytes() + b" " if file.exists() else b" ")
+        return found
+
+    monkeypatch.setattr(lmm_module, "load_processor", changing)
+    with pytest.raises(UserError) as raised:
+        sav_jax.load(tmp_path / "model")
+    assert str(raised.value) == f"{file}: was changed while it was read"
+
+
 @pytest.mark.parametrize("share", [0.9, 1.1])
 def test_pages_are_given_back_where_they_would_not_fit(
     reference: Reference,
