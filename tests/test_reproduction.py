@@ -370,13 +370,20 @@ def test_all_claims_get_a_row_and_a_place_on_the_page(made_study: Any) -> None:
         assert len(set(claims)) == len(claims) > 9
         assert {*part.HEADLINES, *part.REASONS} <= set(claims)  # what is said of a claim is of one that is made
         for finding in found:
-            assert finding.low is not None, finding.claim
+            if finding.verdict == "not testable":
+                assert "the short form" in finding.note
+                continue
             assert finding.low <= finding.difference <= finding.high, finding.claim
             assert finding.seeds >= 2
             assert finding.queries or "of the same heads" in finding.claim, finding.claim
         made_study.save(name, found, 1.0)
     assert verdicts["The chosen twenty heads beat twenty random ones."] == "holds"  # later ones know more
-    assert verdicts["Heads chosen on a similar task lose less than LoRA tuned on it."] == "holds"
+    told: list[tuple[Any, Any]] = []
+    whole = dataclasses.replace(made_study, quick=False)
+    scores = rescoring.rescored(made_study, "tiny")
+    savs.add_elsewhere(whole, "tiny", scores, lambda *of, **_: told.append(of[3:]))
+    ((kept, lost),) = told  # nothing of heads that are alike, half of what LoRA had
+    assert study.difference(kept, lost).low > 30
     text = page.write(made_study).read_text()
     assert "This is the quick form" in text
     for picture in ("heads", "shots", "transfer", "depth", "calibration"):

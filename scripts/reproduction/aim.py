@@ -267,6 +267,28 @@ REASONS = {
     "only disturb, and the projection was trained where demonstrations were needed.",
     "Fused tokens are better than no demonstrations (captions)": "No document of the training has a caption: tokens "
     "fused for short answers draw short answers.",
+    **{
+        f"{claim} ({kind})": why
+        for kind in ("the projection was trained on this kind", "digits, new to the projection")
+        for claim, why in (
+            (
+                "Fused tokens teach what only demonstrations say: better than none",
+                "Projections gain unlike amounts (the picture's bars): with three of them the interval is wide.",
+            ),
+            (
+                "Turns of a conversation teach what only demonstrations say: better than none",
+                "No prompt of these models' training had demonstrations: they harm more than they tell.",
+            ),
+            (
+                "Where demonstrations alone tell what is meant, fused tokens do less harm than they",
+                "Digits stand in no document of the projection's training.",
+            ),
+            (
+                "Where demonstrations alone tell what is meant, fused tokens teach more than turns of a conversation",
+                "Digits stand in no document of the projection's training.",
+            ),
+        )
+    },
     LOOKED: "These models learned to name what is in a picture: answers are in images, and their heads look there.",
     "More demonstrations help fused tokens": "Accuracy is much the same from 1 to 8: what is taught is the kind of "
     "answer, which one demonstration shows.",

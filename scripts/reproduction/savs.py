@@ -279,8 +279,8 @@ _NO_PAIR = f"of tasks that are alike ({'; '.join(f'{a} and {b}' for a, b in SIMI
 
 def add_elsewhere(study: Study, model: str, heads: Mapping[str, Any], add: Callable[..., None]) -> None:
     """What is lost if another task chose the heads, or tuned the model."""
-    pairs = [pair for pair in SIMILAR if set(pair) <= set(heads)][: 1 if study.quick else None]
-    if not tuned_tasks(study, model):
+    pairs = [pair for pair in SIMILAR if set(pair) <= set(heads)]
+    if study.quick or not tuned_tasks(study, model):
         pairs = []
     targets = [target for _, target in pairs]
     with_lora = lora_elsewhere(study, model, tuple(pairs)) if pairs else {}
@@ -302,7 +302,9 @@ def add_elsewhere(study: Study, model: str, heads: Mapping[str, Any], add: Calla
         losses(own, borrowed),
         names=("change of heads", "change of LoRA"),
         values={name: mean(of) for name, of in sides.items() if of},
-        missing=f"{_NO_PAIR} Or LoRA could not be trained.",
+        missing="the short form trains no LoRA on them."
+        if study.quick
+        else f"{_NO_PAIR} Or LoRA could not be trained.",
         note="Borrowed heads have class means of the task's own examples, as in the paper; LoRA saw none of these.",
     )
 
