@@ -159,6 +159,8 @@ class Example:
         if not self.question.strip():
             raise UserError(f'{self.source or "example"}: field "question" is empty')
         for kind, mark, given in self._own_media():
+            if given < 0:
+                raise UserError(f'{self.source or "example"}: earlier turns show more {kind}s than field "{kind}" has')
             marks = self.question.count(mark)
             if marks and marks != given:
                 raise UserError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,16 +35,33 @@ from scripts.reproduction.heads import Sheet
 from scripts.reproduction.study import Study
 
 KINDS = "text", "images"
-"""Of demonstrations: their questions and answers; what the template puts around them is neither."""
+"""Of demonstrations: their questions and answers, to the letter; what the template puts around them is neither."""
 
 
-def kinds_of(lmm: LMM, prompt: Prompt) -> np.ndarray:
-    """Which tokens are demonstrations' text, which their images, float32 [T, C]: those before the query's image."""
+_HOLE = "\ue000"  # in no text, and a template has no opinion on it
+
+
+def kinds_of(lmm: LMM, prompt: Prompt, example: sav_jax.Example) -> np.ndarray:
+    """Which tokens are the text of an example's earlier turns, which their images, float32 [T, C]."""
+    processor = lmm.processor
+    blank = tuple(replace(turn, question=_HOLE, answer=_HOLE) for turn in example.history)
+    around = processor.text(_HOLE, len(example.images), (), blank).split(_HOLE)
+    parts = [part for turn in example.history for part in (turn.question, turn.answer)]
+    text, said = around[0], [np.zeros(len(around[0]), bool)]
+    for part, behind in zip([*parts, example.question], around[1:], strict=True):
+        text += part + behind
+        said += [np.full(len(part), len(said) < 2 * len(parts)), np.zeros(len(behind), bool)]
+    assert text == processor.text(example.question, len(example.images), (), example.history)
+    inside = np.concatenate(said)
+    encoded = processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = np.array(encoded["input_ids"]), encoded["offset_mapping"]
+    told = np.array([inside[start:stop].any() for start, stop in spans])
     visual = prompt.visual_index[:, 0] >= 0
+    own = np.zeros(len(visual), bool)
+    own[~visual] = told[~processor.is_media(ids)]  # the same tokens, but for those that images were widened to
     starts = np.flatnonzero(visual & ~np.append(False, visual[:-1]))
-    before = np.arange(len(visual)) < starts[-1]
-    around = np.isin(prompt.token_ids, lmm.processor.tokenizer.all_special_ids)
-    return np.stack([before & ~visual & ~around, before & visual], axis=1).astype(np.float32)
+    before = np.arange(len(visual)) < starts[-1]  # where the query's image begins
+    return np.stack([own, before & visual], axis=1).astype(np.float32)
 
 
 @contextlib.contextmanager
@@ -66,7 +84,7 @@ def shares_of(lmm: LMM, examples: Sequence[sav_jax.Example], batch_size: int = 8
     layers, and its share of all tokens before the query: float [prompts, C] each.
     """
     prompts = plan_prompts(lmm, examples)
-    kinds = [kinds_of(lmm, prompt) for prompt in prompts]
+    kinds = [kinds_of(lmm, *of) for of in zip(prompts, examples, strict=True)]
     found = np.zeros((len(prompts), len(KINDS)))
     told: list[np.ndarray] = []
 
@@ -122,5 +140,5 @@ def attended(study: Study, model: str, tasks: Sequence[str], shots: int, demonst
             found[name] = {"sheet": sheet.content()}
         return found
 
-    facts = {"tasks": tasks, "shots": shots, "demonstrations": demonstrations, "version": 1}
+    facts = {"tasks": tasks, "shots": shots, "demonstrations": demonstrations, "version": 2}
     return dict(study.kept(f"aim/{model}/attention", compute, **facts))

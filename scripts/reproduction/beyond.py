@@ -120,7 +120,7 @@ def _of_model(study: Study, model: str) -> list[Finding]:
     for share in WRONG[:2]:
         add(
             f"Wrong labels on {share} % of the examples cost no more than {NOISE_MARGIN:g} points.",
-            f"{OURS}; said of the paper elsewhere",
+            OURS,
             f"{many}; {NOISE_MARGIN:g} points added",
             difference(noisy[share], published, NOISE_MARGIN),
             {"right labels": mean(published), **{f"{s} % wrong": mean(of) for s, of in noisy.items()}},

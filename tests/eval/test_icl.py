@@ -228,6 +228,8 @@ def test_marks_of_a_question_are_for_its_own_pictures() -> None:
     assert Example("and this?", (one, one), history=history).marked_question() == "<image>\nand this?"
     with pytest.raises(UserError, match='field "question" holds 2 <image> marks for 1 image in field'):
         Example("is <image> like <image>?", (one, one), history=history)
+    with pytest.raises(UserError, match='q:1: earlier turns show more images than field "image" has'):
+        Example("and this?", (), history=history, source="q:1")
 
 
 @pytest.mark.parametrize("number", [-1, 7])
