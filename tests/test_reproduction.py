@@ -382,7 +382,7 @@ def test_all_claims_get_a_row_and_a_place_on_the_page(made_study: Any) -> None:
     whole = dataclasses.replace(made_study, quick=False)
     scores = rescoring.rescored(made_study, "tiny")
     savs.add_elsewhere(whole, "tiny", scores, lambda *of, **_: told.append(of[3:]))
-    ((kept, lost),) = told  # nothing of heads that are alike, half of what LoRA had
+    (_, (kept, lost)) = told  # nothing of heads that are alike, half of what LoRA had
     assert study.difference(kept, lost).low > 30
     text = page.write(made_study).read_text()
     assert "This is the quick form" in text
