@@ -100,6 +100,7 @@ def test_a_checkpoint_of_one_s_own_gets_a_page(
         "Heads chosen on a similar task beat random ones.",
         "Heads chosen on a similar task serve as well as the task's own: no more than 2 points below.",
         "SAVs beat LoRA on the same examples.",
+        "SAVs beat LoRA on the same examples of tasks that come in pairs.",
         "Heads chosen on a similar task lose less than LoRA tuned on it.",
     ]
     assert "out of memory" in capsys.readouterr().err
