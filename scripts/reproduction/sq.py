@@ -376,7 +376,7 @@ def tables(study: Study) -> list[Table]:
             tuple(rows),
             "Losses in nats per token; captions of `drawn-captions`, CIDEr-D times 100, where they were asked for. "
             "Language model and projector train in every arm. The arm of all parts was trained a second time for its "
-            f"captions and the row of all parts together: accuracy of a seed moved by up to {moved:.0f} points. Twice in "
-            "a row a recipe gives the same bits on one machine (tests); why these two differ was not looked into.",
+            f"captions and the row of all parts together: accuracy of a seed moved by up to {moved:.0f} points. Twice "
+            "in a row a recipe gives the same bits on one machine (tests); why these two differ was not looked into.",
         )
     ]
