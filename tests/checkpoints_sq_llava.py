@@ -4,6 +4,9 @@ it under the published names.
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 import torch
 from torch.nn import functional
 
@@ -60,12 +63,41 @@ def released_extractor(state: State, x: torch.Tensor, num_prototypes: int, num_i
     return quick_gelu_mlp(state, x + weights.transpose(1, 2) @ means)
 
 
-def paper_extractor(state: State, x: torch.Tensor, num_iterations: int) -> torch.Tensor:
-    """The same by the paper's equations; ``z`` is the residual's layer and ``centers`` the first prototypes."""
+def paper_clusters(state: State, x: torch.Tensor, num_iterations: int) -> torch.Tensor:
+    """The paper's equations up to the MLP: ``[X, n, C]`` -> ``[X, n, C]``; ``z`` is the residual's layer and
+    ``centers`` the first prototypes.
+    """
     keys, values = linear(state, "v", x), linear(state, "f", x)
     centers = state["centers"][None].expand(len(x), -1, -1)
     for _ in range(num_iterations):
         centers = torch.softmax(linear(state, "c", centers) @ keys.transpose(1, 2), dim=1) @ values
     cosine = functional.cosine_similarity(x[:, :, None], centers[:, None], dim=-1)
     mean = (cosine[..., None] * centers[:, None]).sum(dim=2) / len(state["centers"])
-    return quick_gelu_mlp(state, x + linear(state, "z", mean))
+    return x + linear(state, "z", mean)
+
+
+def paper_extractor(state: State, x: torch.Tensor, num_iterations: int) -> torch.Tensor:
+    """The whole extractor by the paper's equations."""
+    return quick_gelu_mlp(state, paper_clusters(state, x, num_iterations))
+
+
+def paper_state(channels: int, width: int, num_prototypes: int, seed: int = 3) -> State:
+    """Random weights of it."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {k: v for k, v in released_state(channels, width).items() if not k.startswith(("sim_", "ln_1"))}
+    state |= {f"z.{kind}": released_state(channels, width, 1)[f"c.{kind}"] for kind in ("weight", "bias")}
+    return state | {"centers": 0.3 * torch.randn((num_prototypes, channels), generator=generator)}
+
+
+PAPER_LAYERS = {"c": "to_centers", "v": "to_keys", "f": "to_features", "z": "to_residual"}
+"""Its linear layers in front of the MLP -> this project's names."""
+
+
+def paper_params(state: State) -> dict[str, Any]:
+    """What of a state (or of its gradients) belongs in front of the MLP, as parameters."""
+    kinds = {"kernel": "weight", "bias": "bias"}
+    layers = {
+        ours: {kind: jnp.asarray(state[f"{theirs}.{name}"].numpy()) for kind, name in kinds.items()}
+        for theirs, ours in PAPER_LAYERS.items()
+    }
+    return {"centers": jnp.asarray(state["centers"].numpy())} | layers

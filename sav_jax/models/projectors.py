@@ -4,7 +4,8 @@ It groups an image's visual tokens around K prototypes in a few rounds of expect
 token what its group has in common, and projects the tokens to the decoder's width. The released code
 (github.com/heliossun/SQ-LLaVA, ``cluster.py``) and the paper's equations are two different computations; both are here.
 
-Axes: X images (tiles), n visual tokens of one, K prototypes, C width of the vision tower, D width of the decoder.
+Axes: X images (tiles), n visual tokens of one, B rows of patches, P patches in one (of several images), K prototypes, C
+width of the vision tower, D width of the decoder, V width of any values.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 from sav_jax.errors import UserError
+from sav_jax.models.attention import QUERY_BLOCK
+from sav_jax.models.batch import Array
 from sav_jax.models.layers import ACTIVATIONS, Projection
 from sav_jax.models.vit import linear_entries
 from sav_jax.models.weights import Entry
@@ -158,6 +161,60 @@ class PrototypeExtractor(nn.Module):
         return x + self.to_residual(mixed)
 
 
+class PackedPrototypes(nn.Module):
+    """The paper's equations (:meth:`PrototypeExtractor.cluster_as_written`) for images of any size in one row, each
+    with prototypes of its own: ``[B, P, C]`` -> ``[B, P, C]`` in the dtype of the input; computed in float32.
+
+    How many images a row holds is no shape here, so that their prototypes cannot be an array. They are sums over an
+    image's patches; every product with one is taken patch by patch and summed (:func:`within`), which costs what
+    an attention layer without windows does.
+
+    Attributes:
+        prototypes: sizes; the form "paper".
+        channels: C.
+    """
+
+    prototypes: PrototypeConfig
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segments: Array) -> jax.Array:
+        """``segments``, ``[B, P]``: the image or frame of each patch."""
+        c, count = self.channels, self.prototypes.num_prototypes
+        centers = self.param("centers", nn.initializers.normal(0.02), (count, c)).astype(jnp.float32)
+        to_centers = Projection("BPC,EC->BPE", (c, c), 1, name="to_centers")
+        y = x.astype(jnp.float32)
+        keys = Projection("BPC,EC->BPE", (c, c), 1, name="to_keys")(y)
+        features = Projection("BPC,EC->BPE", (c, c), 1, name="to_features")(y)
+        shares = jax.nn.softmax(_einsum("KC,BPC->BPK", to_centers(centers[None])[0], keys), axis=2)
+        # q of a prototype, which is a sum of shares times features: the same sum of q(features) - q(0), and q(0).
+        offset = to_centers(jnp.zeros((1, 1, c), jnp.float32))
+        turned, constant = to_centers(features) - offset, _einsum("KC,BPC->BPK", offset[0], keys)
+        for _ in range(self.prototypes.num_iterations - 1):
+            shares = jax.nn.softmax(within(keys, turned, shares, segments) + constant, axis=2)
+        squares = within(None, None, shares * within(features, features, shares, segments), segments)
+        some = squares > 0  # the derivative of the root at zero is infinite
+        lengths = jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)
+        cosine = within(normalized(y, axis=2), features, shares, segments) / jnp.maximum(lengths, NORM_EPS)
+        mixed = within(cosine, shares, features, segments) / count
+        return (y + Projection("BPC,EC->BPE", (c, c), 1, name="to_residual")(mixed)).astype(x.dtype)
+
+
+def within(q: jax.Array | None, k: jax.Array | None, v: jax.Array, segments: Array) -> jax.Array:
+    """At every patch the sum of ``(q . k) v`` over the patches of its segment: ``[B, P, C]`` twice and ``[B, P, V]`` ->
+    ``[B, P, V]``; without q and k the sum of ``v``. As much is in memory at once as a block of queries needs.
+    """
+    segments = jnp.asarray(segments)
+    blocks = []
+    for start in range(0, v.shape[1], QUERY_BLOCK):
+        stop = start + QUERY_BLOCK
+        weights = (segments[:, start:stop, None] == segments[:, None, :]).astype(v.dtype)
+        if q is not None and k is not None:
+            weights = weights * _einsum("BqC,BPC->BqP", q[:, start:stop], k)
+        blocks.append(_einsum("BqP,BPV->BqV", weights, v))
+    return jnp.concatenate(blocks, axis=1)
+
+
 def adaptive_pooling(length: int, count: int) -> np.ndarray:
     """Weights float32 ``[count, length]`` of torch's ``AdaptiveAvgPool1d``: row i is the mean over positions
     floor(i * length / count) to ceil((i + 1) * length / count), the last excluded. Rows overlap where ``count`` does
@@ -195,11 +252,12 @@ _UNUSED = r"ln_1\.(weight|bias)"
 _PREFIX = r"^(?:module\.)?(?:base_model\.model\.)?(?:model\.)?mm_projector\."
 
 
-def checkpoint_entries(config: PrototypeConfig, source: str, target: str) -> list[Entry]:
+def checkpoint_entries(config: PrototypeConfig, source: str, target: str, mlp: bool = True) -> list[Entry]:
     """Layout of an extractor stored under ``source`` and kept at parameter path ``target``; the names are those of
-    the parameters, the two scalars of the released form are stored ``[1, 1, 1]`` as there.
+    the parameters, the two scalars of the released form are stored ``[1, 1, 1]`` as there. ``mlp``: with the two
+    layers of its MLP.
     """
-    linears = ["to_centers", "to_keys", "to_features", "linear_1", "linear_2"]
+    linears = ["to_centers", "to_keys", "to_features", *(("linear_1", "linear_2") if mlp else ())]
     entries = []
     if config.form == "released":
         entries += [Entry(f"{target}/{name}", f"{source}.{name}", "1 1 1 -> ") for name in _RELEASED_SCALARS]

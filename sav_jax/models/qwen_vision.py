@@ -28,10 +28,12 @@ from flax import linen as nn
 from flax import struct
 
 from sav_jax.errors import UserError
+from sav_jax.models import projectors
 from sav_jax.models.attention import segment_attention
 from sav_jax.models.batch import Array
 from sav_jax.models.decoder import read_at
 from sav_jax.models.layers import ACTIVATIONS, LayerNorm, Projection, RMSNorm, rotary_angles, rotate, scanned
+from sav_jax.models.projectors import PackedPrototypes, PrototypeConfig
 from sav_jax.models.vit import linear_entries, norm_entries
 from sav_jax.models.weights import Entry
 
@@ -51,6 +53,7 @@ class QwenVisionConfig:
         position_side: side of the table of learned positions (Qwen3-VL).
         deepstack_layers: layers whose outputs go to the decoder as well, first decoder layer first (Qwen3-VL).
         remat: what a layer keeps for its backward pass, a name in ``layers.REMAT_POLICIES``.
+        prototypes: of SQ-LLaVA's prototype extractor, between the last layer and the merger; None: there is none.
     """
 
     patch_size: int
@@ -69,6 +72,7 @@ class QwenVisionConfig:
     position_side: int | None = None
     deepstack_layers: tuple[int, ...] = ()
     remat: str = "none"
+    prototypes: PrototypeConfig | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> QwenVisionConfig:
@@ -290,6 +294,9 @@ class QwenVision(nn.Module):
         # The last place takes what no layer of the decoder wants.
         kept = jnp.zeros((count + 1, *x.shape), x.dtype) if count else None
         (x, kept), _ = blocks(c, name="layers")((x, kept), layers, context)
+        if c.prototypes is not None:
+            # Features for the deepstack, taken from earlier layers, stay as they are.
+            x = PackedPrototypes(c.prototypes, c.hidden_size, name="prototypes")(x, context.segments)
         tokens = PatchMerger(c, name="merger")(x)
         if kept is None:
             return tokens, None
@@ -344,6 +351,10 @@ def checkpoint_entries(config: QwenVisionConfig, source: str, target: str) -> li
             Entry(f"{target}/patch_embedding/bias", f"{source}.patch_embed.proj.bias", "d -> d"),
             Entry(f"{target}/position_embedding", f"{source}.pos_embed.weight", "n d -> n d"),
         ]
+    if c.prototypes is not None:
+        entries += projectors.checkpoint_entries(
+            c.prototypes, f"{source}.prototypes", f"{target}/prototypes", mlp=False
+        )
     if c.deepstack_layers:
         merger = f"{source}.deepstack_merger_list.{{layer}}"
         entries += _merger_entries(c, names, f"{target}/deepstack_mergers", merger, len(c.deepstack_layers))

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from sav_jax.errors import UserError
 from sav_jax.models import decoder, qwen_vision
 from sav_jax.models.batch import Batch
 from sav_jax.models.decoder_config import DecoderConfig
 from sav_jax.models.multimodal import MultimodalModel
+from sav_jax.models.projectors import PrototypeConfig
 from sav_jax.models.qwen_vision import QwenVision, QwenVisionConfig
 from sav_jax.models.weights import Table, layers_from
 
@@ -68,6 +70,9 @@ class QwenVLConfig:
             UserError: an option that would change the numbers and is not implemented.
         """
         interleaved = config["model_type"] == "qwen3_vl"
+        vision = QwenVisionConfig.from_hf(config["vision_config"])
+        if config.get("prototype_extractor") is not None:
+            vision = replace(vision, prototypes=_prototypes(config["prototype_extractor"]))
         # How wavelengths are shared out is the release's, whether or not its config says so.
         rope = {
             "mrope_section": [24, 20, 20] if interleaved else [16, 24, 24],
@@ -80,7 +85,7 @@ class QwenVLConfig:
             "tie_word_embeddings": config["tie_word_embeddings"],
         }
         return cls(
-            vision=QwenVisionConfig.from_hf(config["vision_config"]),
+            vision=vision,
             text=DecoderConfig.from_hf(text),
             image_token_id=config["image_token_id"],
             video_token_id=config["video_token_id"],
@@ -91,6 +96,19 @@ class QwenVLConfig:
             ),
             timestamps=config["model_type"] == "qwen3_vl",
         )
+
+
+def _prototypes(config: Any) -> PrototypeConfig:
+    """The merger behind them stays as it is, and images of any size leave one of the forms."""
+    of_layout = {"form": "paper", "hidden_act": "gelu"}
+    prototypes = PrototypeConfig.from_hf({**of_layout, **config} if isinstance(config, Mapping) else config)
+    for name, only in of_layout.items():
+        value = getattr(prototypes, name)
+        if value != only:
+            raise UserError(
+                f"prototype_extractor.{name} {value!r}: in front of Qwen-VL's merger it can only be {only!r}"
+            )
+    return prototypes
 
 
 class QwenVL(MultimodalModel):

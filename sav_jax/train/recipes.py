@@ -19,7 +19,7 @@ AnyRecipe = TypeVar("AnyRecipe", "Recipe", "AimRecipe")
 LLM = "language_model/layers/.*"
 TOWER = "(vision_tower|visual)/layers/.*"
 CONVERSATIONS = ("template", "vicuna-sq")
-PROJECTOR = "params/(multi_modal_projector|visual/(merger|deepstack_mergers|resampler|proj))/.*"
+PROJECTOR = "params/(multi_modal_projector|visual/(merger|deepstack_mergers|prototypes|resampler|proj))/.*"
 
 
 @dataclass(frozen=True)

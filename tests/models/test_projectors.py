@@ -10,12 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from checkpoints_sq_llava import State, paper_extractor, released_extractor, released_similarity, released_state
+from checkpoints_sq_llava import (
+    State,
+    paper_clusters,
+    paper_extractor,
+    paper_params,
+    paper_state,
+    released_extractor,
+    released_similarity,
+    released_state,
+)
 from flax import traverse_util
 from torch.nn import functional
 
 import sav_jax
 from sav_jax.models.projectors import (
+    PackedPrototypes,
     PrototypeConfig,
     PrototypeExtractor,
     adaptive_pooling,
@@ -188,23 +198,61 @@ def test_normalized_as_torch() -> None:
 def test_paper(num_iterations: int) -> None:
     """The equations; without a choice between prototypes any tokens do."""
     n, count = 37, 5
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn((2, n, C), generator=generator)
-    state = {k: v for k, v in released_state(C, D).items() if not k.startswith(("sim_", "ln_1"))}
-    state |= {f"z.{kind}": released_state(C, D, 1)[f"c.{kind}"] for kind in ("weight", "bias")}
-    state["centers"] = 0.3 * torch.randn((count, C), generator=generator)
+    x = torch.randn((2, n, C), generator=torch.Generator().manual_seed(3))
+    state = paper_state(C, D, count)
     module = PrototypeExtractor(PrototypeConfig(count, num_iterations, "paper"), C, D)
     paths = LAYERS | of_layers({"z": "to_residual"}) | {"centers": "centers"}
-    params: dict[str, Any] = {"centers": jnp.asarray(state["centers"].numpy())}
-    for key, path in paths.items():
-        if "/" in path:
-            where, kind = path.split("/")
-            params.setdefault(where, {})[kind] = jnp.asarray(state[key].numpy())
+    params: dict[str, Any] = paper_params(state)
+    for key, path in of_layers({"mlp.0": "linear_1", "mlp.2": "linear_2"}).items():
+        where, kind = path.split("/")
+        params.setdefault(where, {})[kind] = jnp.asarray(state[key].numpy())
 
     def theirs(state: State, x: torch.Tensor) -> torch.Tensor:
         return paper_extractor(state, x, num_iterations)
 
     compare(theirs, state, module, params, paths, x)
+
+
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_paper_for_images_of_any_size_in_a_row(num_iterations: int) -> None:
+    """Every image has the prototypes that it has alone, whatever stands beside it; output and gradients of all weights
+    against PyTorch's, image by image, which computes them in float64. Three hundred patches are two blocks.
+    """
+    sizes, padding, count = (36, 1, 253), 10, 5
+    generator = torch.Generator().manual_seed(5)
+    x, cotangent = (torch.randn((2, sum(sizes) + padding, C), generator=generator) for _ in range(2))
+    first = np.cumsum((0, *sizes[:-1]))
+    segments = np.repeat(np.array([*(1 + first), 0], np.int32), (*sizes, padding))
+    segments = np.stack([segments, np.roll(segments, 4)])  # in the second row the padding is at both ends
+    state = paper_state(C, D, count)
+    module = PackedPrototypes(PrototypeConfig(count, num_iterations, "paper"), C)
+    params = paper_params(state)
+
+    double = {key: value.double().requires_grad_(True) for key, value in state.items()}
+    tokens = x.double().requires_grad_(True)
+    expected = tokens.clone()
+    for row in range(2):
+        for segment in np.unique(segments):
+            where = torch.tensor(segments[row] == segment)
+            expected[row, where] = paper_clusters(double, tokens[row, where][None], num_iterations)[0]
+    expected.backward(cotangent.double())
+
+    @jax.jit
+    def both(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        output, pull = jax.vjp(lambda p, x: module.apply({"params": p}, x, segments), params, x)
+        return output, *pull(cotangent)
+
+    output, of_params, of_x = both(params, x.numpy(), cotangent.numpy())
+    np.testing.assert_allclose(output, expected.detach().numpy(), rtol=0, atol=PARITY)
+    assert tokens.grad is not None
+    theirs = paper_params({key: value.grad.float() for key, value in double.items() if value.grad is not None})
+    mine = traverse_util.flatten_dict(of_params | {"x": of_x}, sep="/")
+    expected_of = traverse_util.flatten_dict(theirs | {"x": tokens.grad.numpy()}, sep="/")
+    for name, value in expected_of.items():
+        # A bias's gradient sums what its kernel's does, there times inputs of order one. That of q's is zero, because
+        # its terms cancel: it is as exact as they are large.
+        largest = max(float(np.abs(expected_of[other]).max()) for other in (name, name.replace("bias", "kernel")))
+        np.testing.assert_allclose(mine[name], value, rtol=0, atol=GRADIENT * largest, err_msg=name)
 
 
 @pytest.mark.parametrize("form", ["released", "paper"])
