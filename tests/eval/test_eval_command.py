@@ -148,7 +148,7 @@ def test_a_task_of_two_files(reference: Reference, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--tasks", "digit"], "no task is called 'digit'; there are: digits"),
+        (["--tasks", "digit"], "no task is called 'digit' (perhaps digits"),
         (["--methods", "sav,guess"], "no method is called 'guess'; there are: chance, "),
         (["--methods", ","], "no method is named"),
         (["--model", REFERENCE, "--methods", "sav", "--num-heads", "41"], "--num-heads is 41; there are 40 heads"),

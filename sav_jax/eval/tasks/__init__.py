@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from sav_jax.errors import UserError
 from sav_jax.eval.tasks import (
     blink,
@@ -70,7 +72,7 @@ def find_task(name: str) -> tuple[Task, ...]:
     """Look up a name: a task, a group of tasks (``blink``), or ``tfds:NAME`` for any set of tensorflow-datasets.
 
     Raises:
-      UserError: naming all that there is.
+      UserError: naming those that are called alike, and how to see all.
     """
     if name in TASKS:
         return (TASKS[name],)
@@ -78,9 +80,10 @@ def find_task(name: str) -> tuple[Task, ...]:
         return tuple(TASKS[part] for part in GROUPS[name])
     if name.startswith(tfds.PREFIX) and name != tfds.PREFIX:
         return (tfds.tfds_task(name.removeprefix(tfds.PREFIX)),)
+    alike = ", ".join(difflib.get_close_matches(name, [*TASKS, *GROUPS], n=3))
     raise UserError(
-        f"no task is called {name!r}; there are: {', '.join([*TASKS, *GROUPS])}, and {tfds.PREFIX}NAME for any "
-        "classification set of tensorflow-datasets"
+        f"no task is called {name!r}{f' (perhaps {alike}?)' if alike else ''}; 'sav-jax eval --tasks list' prints all, "
+        f"and {tfds.PREFIX}NAME is any classification set of tensorflow-datasets"
     )
 
 
@@ -92,5 +95,5 @@ def find_tasks(names: str) -> list[Task]:
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
-        raise UserError(f"no task is named; there are: {', '.join([*TASKS, *GROUPS])}")
+        raise UserError("no task is named; 'sav-jax eval --tasks list' prints all")
     return list({task.name: task for name in wanted for task in find_task(name)}.values())
