@@ -209,7 +209,11 @@ def test_the_model_reads_turns(lmm: sav_jax.LMM) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages[-1]['content'][-1]['text'] }}", "the chat template leaves out what was answered before: 'cat'"),
+        ("{{ messages[-1]['content'][-1]['text'] }}", "the chat template leaves out what was answered before"),
+        (
+            "{% for m in messages if m['role'] == 'user' %}{{ m['content'][-1]['text'] }} cat {% endfor %}",
+            "the chat template leaves out what was answered before",
+        ),
         ("{{ raise_exception('one turn only') }}", "the chat template refuses the prompt: one turn only"),
     ],
 )
