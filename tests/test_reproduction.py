@@ -88,6 +88,17 @@ def test_differences_are_means_over_tasks_in_points() -> None:
         study.difference({"a": right}, {"a": answers([0, 1, 0])})
 
 
+def test_a_mean_that_one_task_carries_says_so() -> None:
+    """With what is left of it; not where the others are about as far ahead, or where there are only two tasks."""
+    worse = {task: answers([0.0] * 40, [0.0] * 40) for task in "abc"}
+    some, many = [1.0, 0.0, 0.0, 0.0] * 10, [1.0, 1.0, 1.0, 1.0] * 10
+    one = {"a": answers(some, some), "b": answers(many, many), "c": answers([0.0] * 40, [0.0] * 40)}
+    told = savs.carried(one, worse)
+    assert told.startswith("On `b` the difference is +100.0; the mean of the others is +12.5 [")
+    assert savs.carried({**one, "c": answers(many, many)}, worse) == ""
+    assert savs.carried({task: one[task] for task in "bc"}, {task: worse[task] for task in "bc"}) == ""
+
+
 def test_commands_run_once(quiet: Any, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -64,6 +65,10 @@ def main(arguments: Arguments) -> None:
     output = output.resolve()
     if (others or tasks) and output in [results / folder_name((), False, (), quick) for quick in (False, True)]:
         raise UserError(f"--output: {output} is for the bundled models and their usual tasks")
+    if arguments.quick and not others:
+        # Half of a short run of models of this size is compiling, most of that is making fast what then runs briefly
+        # (measured: a training of a few steps takes 0.7 times as long). Not on others, which may be large.
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     study = Study(
         output,
         models,
@@ -76,7 +81,8 @@ def main(arguments: Arguments) -> None:
         data_dir=(arguments.data_dir or default_data_dir()).expanduser().resolve() if tasks else None,
     )
     if arguments.page_only:
-        pass
+        if not any(study.record(part, model) for part in page.PARTS for model in study.listed):
+            raise UserError(f"{study.shown(output)}: nothing was measured there; run it without --page-only")
     elif study.quick and len(models) > 1 and not study.special:
         side_by_side(arguments, models, output)
     else:

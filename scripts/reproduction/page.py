@@ -213,8 +213,8 @@ def _remarks(study: Study, code: ModuleType | None, of: Sequence[Finding]) -> li
     lines = []
     notes: dict[str, list[str]] = {}
     for finding in of:
-        if finding.note:
-            notes.setdefault(f"{_stem(finding.claim)}: {finding.note}", []).append(finding.model)
+        for note in filter(None, finding.note.split("\n")):
+            notes.setdefault(f"{_stem(finding.claim)}: {note}", []).append(finding.model)
     for note, models in notes.items():
         everywhere = len(models) >= len(study.listed)
         lines.append(f"- {note}" if everywhere else f"- {' and '.join(f'`{model}`' for model in models)}. {note}")

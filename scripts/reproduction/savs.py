@@ -124,7 +124,10 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         values = rest.pop("curve", None) or {name: mean(of) for name, of in zip(names, (better, worse), strict=True)}
         values |= rest.pop("values", {})
         seeds = len(next(iter(better.values())).values)
-        interval = difference(better, worse, rest.pop("margin", 0.0))
+        margin = rest.pop("margin", 0.0)
+        interval = difference(better, worse, margin)
+        if interval.ci is not None and interval.ci[0] > 0 and not margin:
+            rest["note"] = "\n".join(filter(None, [rest.get("note", ""), carried(better, worse)]))
         found.append(
             finding(
                 "savs",
@@ -169,9 +172,9 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         methods_of(folder, "zero-shot-likelihood", new),
         names=("sav", "zero-shot-likelihood"),
         missing=f"of tasks that training never asked, {', '.join(NEW)}, none is among these." if ours else "",
-        note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). Most of the "
-        "gain is that of drawn-safety, where asking is below chance: see the accuracies by task. `drawn-styles`, which "
-        "training never asked either, is not among these tasks: there neither side is above chance (world.md).",
+        note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). On drawn-safety "
+        "asking is below chance: see the accuracies by task. `drawn-styles`, which training never asked either, is not "
+        "among these tasks: there neither side is above chance (world.md).",
     )
     against_demonstrations(study, model, add, many)
     heads = rescored(study, model)
@@ -286,6 +289,22 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         found.clear()
     add_elsewhere(study, model, heads, add)
     yield from found
+
+
+def carried(better: Mapping[str, Answers], worse: Mapping[str, Answers]) -> str:
+    """What is left of a mean over three tasks or more without the one that is furthest ahead, where that is less than
+    half of it.
+    """
+    ahead = {task: better[task].mean - worse[task].mean for task in better}
+    most = max(ahead, key=lambda task: ahead[task])
+    if len(ahead) < 3:
+        return ""
+    others = [{task: of for task, of in side.items() if task != most} for side in (better, worse)]
+    rest = difference(others[0], others[1])
+    if rest.mean >= np.mean(list(ahead.values())) / 2:
+        return ""
+    told = f"the mean of the others is {rest.mean:+.1f} [{rest.low:.1f}, {rest.high:.1f}]."
+    return f"On `{most}` the difference is {ahead[most]:+.1f}; {told}"
 
 
 _NO_PAIR = f"of tasks that are alike ({'; '.join(f'{a} and {b}' for a, b in SIMILAR[::2])}), no two are among these."

@@ -56,7 +56,7 @@ class Finding:
       low, high: its 95 % interval.
       seeds: how many.
       queries: that each seed's figures rest on, of all tasks together; 0 where they are not of queries.
-      note: what else one should know, one sentence.
+      note: what else one should know; each line is a remark of its own.
     """
 
     part: str

@@ -66,22 +66,21 @@ def cells(shift: float) -> sq.Cells:
             name: [(str(i), float(x)) for i, x in enumerate(rng.random(200) < 0.5 - ahead)] for name in more
         }
 
-    arms = {arm for *_, a, b in sq.CLAIMS for arm in (a, b)}
+    told: tuple[sq.Arm | None, ...] = (None, sq.Arm(prototypes=True), sq.Arm(), sq.PLAIN)
+    untold: tuple[sq.Arm | None, ...] = (sq.Arm(questions=False), sq.Arm(vision=False))
     return sq.Cells(
-        {arm: [cell(arm) for _ in range(3)] for arm in (None, *arms)},
-        {arm: [cell(arm, "captions") for _ in range(3)] for arm in (None, sq.Arm(prototypes=True), sq.Arm(), sq.PLAIN)},
+        {arm: [cell(arm) for _ in range(3)] for arm in untold}
+        | {arm: [cell(arm, "captions") for _ in range(3)] for arm in told},
     )
 
 
 def test_rows_are_oriented_as_the_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = Study(tmp_path)
-    verdicts = [row.verdict for row in sq.rows_of(study, "tiny", cells(0.2))]
+    verdicts = [row.verdict for row in sq.rows_of(study, "tiny", cells(0.3))]
     assert verdicts == ["holds", "does not hold", "holds", "holds", "does not hold"]
-    found = cells(0.2)
+    found = cells(0.3)
     assert found.whole == sq.Arm(prototypes=True)
-    without = sq.Cells(
-        {arm: of for arm, of in found.arms.items() if arm is None or not arm.prototypes}, found.described
-    )
+    without = sq.Cells({arm: of for arm, of in found.arms.items() if arm is None or not arm.prototypes})
     assert without.whole == sq.Arm()
     rows = sq.rows_of(study, "tiny-qwen", without)
     assert [row.verdict for row in rows] == ["holds", "does not hold", "not testable", "undecided", "undecided"]
