@@ -82,7 +82,7 @@ vocabulary, token by token), not a choice among options. All together: {all:.3f}
 Types "is ...", "exists", "more" are yes/no questions, "claim" asks true or false, "choice" for the letter of an option.
 Scene kinds: *scan* one glyph scanned at 8x8 pixels and enlarged; *glyph*, *shape*, *object*, *word* one of them;
 *swatch* a surface of a texture without a name; *pair* two things; *group* one to four; *crowd* one to nine; *64 pixels*
-a glyph in a larger image; *two images* two images in one prompt.
+a glyph in a larger image{pairs}.
 
 The vision tower alone (mean visual token against the words of the group):
 
@@ -102,6 +102,7 @@ The vision tower alone (mean visual token against the words of the group):
 - One seed, one run; no spread is known.
 """
 
+_PAIRS = {True: "; *two images* two images in one prompt", False: ""}
 _SEVERAL = {
     True: "In the last stage some prompts have two images.",
     False: "No prompt ever had more than one image: several in one prompt are new to it.",
@@ -128,6 +129,7 @@ def model_card(evaluation: Mapping[str, Any]) -> str:
         class_=_CLASSES[family],
         stages="\n".join(_stage_row(stage) for stage in recipe["stages"]),
         several=_SEVERAL[several],
+        pairs=_PAIRS[several],
         options="".join(f" {word}" for word in evaluation["options"]),
         account=f"{evaluation['account']}\n\n" if evaluation["account"] else "",
         scenes=evaluation["scenes_per_kind"],
