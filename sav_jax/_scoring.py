@@ -32,6 +32,7 @@ _PADDED_BYTES = 16 * 2**20  # of heads: fewer are padded to whole blocks, and nu
 _SHARED = 16  # examples of a device: fewer do so always
 _ROUNDED = 64  # examples of a device: their number is rounded up to a multiple, fewer to a power of two
 _SMALLEST = 1e-30  # of products with vectors of length 1 that float32 has not rounded away
+_RESOLVED = 1e-6  # of the largest product: sums of some hundred float32 products are not told apart below
 
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -51,7 +52,8 @@ def score_heads(
       labels: int [N], class numbers below ``num_classes``.
       num_classes: C.
       leave_one_out: measure each example against its class without it. An example alone in its class then counts as
-        wrong.
+        wrong, and so does one whose nearest class float32 cannot tell: on a head that puts out nearly the same
+        whatever it is shown, rounding would decide.
       mesh: examples are sharded over all its axes.
 
     Returns:
@@ -302,10 +304,13 @@ def _right(
         own = jnp.where(alone, jnp.finfo(jnp.float32).min, own)
         is_own = jnp.arange(directions.shape[1], dtype=y.dtype)[None, None, :] == y[None, :, None]
         products = jnp.where(is_own, own[:, :, None], products)
+        rival = jnp.max(jnp.where(is_own, -jnp.inf, products), axis=-1)
     largest = jnp.max(jnp.abs(products), axis=-1)
     counted = ((y >= 0) & (y < directions.shape[1]))[None, :]
     lost = jnp.sum(counted & ~((largest > _SMALLEST) & jnp.isfinite(largest)), dtype=jnp.int32)
     right = jnp.argmax(products, axis=-1).astype(y.dtype) == y[None, :]
+    if sums is not None:
+        right &= own - rival > _RESOLVED * largest
     return jnp.sum(right, axis=1, dtype=jnp.int32), lost
 
 

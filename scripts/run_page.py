@@ -57,6 +57,9 @@ def written(page: str, name: str, pictures: Path | None = None) -> str:
 def main(names: Sequence[str]) -> int:
     """Runs pages."""
     for path in (Path(name).resolve() for name in names):
+        if not path.is_file():
+            print(f"error: {path}: no such page", file=sys.stderr)
+            return 2
         page = path.read_text(encoding="utf-8")
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             made = written(page, file_name(path), path.with_suffix(""))

@@ -46,9 +46,13 @@ def main(given: argparse.Namespace) -> int:
     """Trains, evaluates and exports."""
     from dataclasses import replace
 
+    from sav_jax.errors import UserError
     from sav_jax.train.tiny import Trainer
     from sav_jax.train.tiny_recipe import PRESETS
 
+    for option, path in (("--run-dir", given.run_dir), ("--output", given.output)):
+        if path is not None and path.exists() and not path.is_dir():
+            raise UserError(f"{option} {path}: not a folder")
     recipe = PRESETS[given.preset]
     if given.steps_scale != 1.0:
         recipe = recipe.scaled(given.steps_scale)

@@ -32,7 +32,7 @@ VIDEO_MARK = "<video>"
 """The same for a video."""
 VIRTUAL_MARK = "<demonstration>"
 """Stands in a question where virtual tokens belong: vectors that take the place of embeddings, such as AIM's."""
-_NOWHERE = "\ue000"
+_NOWHERE = "\ue001"
 """Stands in no text, and a template has no opinion on it."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -111,7 +112,8 @@ def measure(study: Study, parts: Sequence[str]) -> None:
             found: list[Finding] = []
             for finding in code.measure(of_model):  # what is found first is kept first
                 found.append(finding)
-                of_model.save(part, found, time.perf_counter() - start)
+                of_model.save(part, found, time.perf_counter() - start, complete=False)
+            of_model.save(part, found, time.perf_counter() - start)
 
 
 def side_by_side(arguments: Arguments, models: Sequence[str], output: Path) -> None:
@@ -130,15 +132,25 @@ def side_by_side(arguments: Arguments, models: Sequence[str], output: Path) -> N
     ]
     running = [subprocess.Popen([*command, "--models", model], cwd=ROOT) for model in models]
     try:
-        failed = [model for model, process in zip(models, running, strict=True) if process.wait()]
+        while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+            time.sleep(0.2)
+        failed = [model for model, process in zip(models, running, strict=True) if process.poll()]
     finally:
         for process in running:
             process.terminate()
+        for process in running:
+            process.wait()
     if failed:
         raise UserError(f"the study of {' and of '.join(failed)} failed")
 
 
+def stop(*_: object) -> None:
+    """Of a signal: what this process has started ends with it."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     try:
         main(tyro.cli(Arguments, description=__doc__))
     except UserError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -16,10 +16,10 @@ from scripts.reproduction.aim_measured import DESCRIBED, PART, SHOTS, Measured, 
 from scripts.reproduction.attention import attended
 from scripts.reproduction.heads import per_task
 from scripts.reproduction.study import Answers, Finding, Study, Table, finding
-from scripts.reproduction.trained import by_seed, mean, of_seeds, over_both, trainings
+from scripts.reproduction.trained import by_seed, carried, mean, of_seeds, over_both, trainings
 
 HEADLINES = (
-    "Demonstrations as turns of a conversation degrade a single-image model (questions)",
+    "Demonstrations as turns of a conversation degrade a model that learned without any (questions)",
     "Fused tokens repair what demonstrations as turns of a conversation break (questions)",
     "Fused tokens are better than no demonstrations (questions)",
 )
@@ -39,6 +39,8 @@ CUE = (
 )
 
 
+Sides: TypeAlias = tuple[Mapping[str, Answers], Mapping[str, Answers]]
+"""Task -> answers of what a claim puts ahead, and of its rival."""
 LOOKED = "A model that begins to answer looks at demonstrations' text more than at their images"
 
 
@@ -89,8 +91,11 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
     images, cue = (images, CUE) if study.bundled(model) else ("", "")
 
     def row(
-        claim: str, source: str, setting: str, interval: Interval, values: Mapping[str, float], note: str = ""
+        claim: str, source: str, setting: str, of: Interval | Sides, values: Mapping[str, float], note: str = ""
     ) -> Finding:
+        interval = of if isinstance(of, Interval) else over_both(*of)
+        if not isinstance(of, Interval) and interval.ci is not None and interval.ci[0] > 0:
+            note = "\n".join(filter(None, [note, carried(*of)]))
         return finding(
             PART,
             interval,
@@ -122,10 +127,10 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
         ):
             rows += [
                 row(
-                    f"Demonstrations {how} degrade a single-image model ({kind})",
+                    f"Demonstrations {how} degrade a model that learned without any ({kind})",
                     "section 1",
                     setting,
-                    over_both(none, shown),
+                    (none, shown),
                     {"zero-shot": values["zero-shot"], **theirs},
                     "; ".join(filter(None, [images, note])),
                 ),
@@ -133,7 +138,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                     f"Fused tokens repair what demonstrations {how} break ({kind})",
                     "sections 3 and 4",
                     setting,
-                    over_both(aim, shown),
+                    (aim, shown),
                     {**values, **theirs},
                     "; ".join(filter(None, [trained, note])),
                 ),
@@ -143,7 +148,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 f"Fused tokens are better than no demonstrations ({kind})",
                 "section 4",
                 setting,
-                over_both(aim, none),
+                (aim, none),
                 values,
                 "the question says all that must be known; no document of the training is of this kind",
             )
@@ -157,7 +162,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 f"Fused tokens teach what only demonstrations say: better than none ({kind})",
                 "section 4",
                 setting,
-                over_both(aim, none),
+                (aim, none),
                 values,
                 trained,
             ),
@@ -165,7 +170,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 f"Where demonstrations alone tell what is meant, fused tokens do less harm than they ({kind})",
                 "section 4",
                 setting,
-                over_both(aim, icl),
+                (aim, icl),
                 values,
                 f"{trained}; see the row before whether anything is taught",
             ),
@@ -174,7 +179,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 f"({kind})",
                 "section 4",
                 setting,
-                over_both(aim, turns),
+                (aim, turns),
                 values,
                 f"{trained}; against none, see above",
             ),
@@ -182,7 +187,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
                 f"Turns of a conversation teach what only demonstrations say: better than none ({kind})",
                 "a control",
                 setting,
-                over_both(turns, none),
+                (turns, none),
                 values,
                 images,
             ),
@@ -194,7 +199,7 @@ def rows_of(study: Study, model: str, found: Measured) -> list[Finding]:
             "More demonstrations help fused tokens",
             "figure 1",
             f"{len(every)} tasks whose question does not say what is meant, {most} against {least} demonstrations",
-            over_both(many, few),
+            (many, few),
             {f"{least} demonstrations": mean(few), f"{most} demonstrations": mean(many)},
             f"projections were trained with {', '.join(map(str, size.shots[:-1]))} or {size.shots[-1]}"
             if len(size.shots) > 1

@@ -44,11 +44,12 @@ bash scripts/reproduce.sh          # all of it, on a CPU: hours
 bash scripts/reproduce.sh --quick  # fewer tasks, seeds, queries, steps, under 15 minutes; a page in results/ to try it
 ```
 
-from what they measure; none of its figures is typed. What holds here holds for models of {size} on a
+from what they measure; no measured figure is typed. What holds here holds for models of {size} on a
 small world. It says that the method does what its authors say where everything can be checked, not that their
 numbers are right; the same study of real checkpoints and data, whatever `sav-jax eval` reads and asks
 ([tasks.md](tasks.md)), is `bash scripts/reproduce.sh --models PATH_OR_HUB_ID --tasks NAMES --data-dir DIR`, whose page
-stays in results/.
+stays in results/. Not here are figures on the papers' own benchmarks, comparisons with other published models, and what
+changes with a model's size.
 """
 OF_OTHERS = """\
 # The papers' claims on other models or tasks
@@ -69,14 +70,13 @@ where a trained side loses, another rate or another number of steps may win.
 READING = """
 How to read a row: figures are in % unless they name a unit (CIDEr-D is times 100); the difference, in the same, is what
 the claim is about, and is positive if it is as claimed; where a claim has a margin ("no more than one point below"),
-it is added. In brackets the 95 % interval: queries, or groups of queries that belong together, are resampled jointly
-for both sides and all seeds, every task counting alike. A claim *holds* if the whole interval is above 0, *does not
-hold* if it is below 0, and is *undecided* otherwise. The interval says how sure a difference is for other queries;
-other draws of labelled examples are in it only as far as the seeds differ. Of AIM and SQ-LLaVA every seed is a
-training of its own: there the interval is widened to Student's over the seeds, which with three of them can reach
-beyond what a difference can be. "Queries" are those that one seed's figures rest on, of all tasks of the row together.
-There are {seeds} seeds, and {number} rows without a correction for their number: an
-interval that ends a hair's breadth above 0 is no law.
+it is added. In brackets the 95 % interval, at either end the wider of two: a bootstrap, in which queries, or groups of
+queries that belong together, are resampled jointly for both sides and all seeds, every task counting alike; and
+Student's over the seeds, each of which draws other labelled examples, and trains anew whatever is trained. With three
+seeds it can reach beyond what a difference can be. A claim *holds* if the whole interval is above 0, *does not hold* if
+it is below 0, and is *undecided* otherwise. "Queries" are those that one seed's figures rest on, of all tasks of the
+row together. There are {seeds} seeds, and {number} rows without a correction for their number: an interval that ends a
+hair's breadth above 0 is no law.
 """
 
 
@@ -94,10 +94,11 @@ def module(part: str) -> ModuleType | None:
 def write(study: Study) -> Path:
     """Write the page, its pictures and, beside the docs, the README's summary; return the page's path.
 
-    A part that was not measured is said to be missing. Such a page goes to ``study.output``: the docs keep theirs.
+    A part that was not measured is said to be missing, one that was stopped to be incomplete. Such a page goes to
+    ``study.output``: the docs keep theirs.
     """
     found = {part: study.findings(part) for part in PARTS}
-    measured = all(study.record(part, model) for part in PARTS for model in study.listed)
+    measured = all(study.record(part, model).get("complete") for part in PARTS for model in study.listed)
     if study.special:
         study = replace(study, pages=study.output)
     elif study.pages == ROOT / "docs" and not measured:
@@ -194,6 +195,11 @@ def _section(study: Study, part: str, of: Sequence[Finding]) -> str:
         last = finding.claim
         cells = [claim, f"`{finding.model}`", finding.setting, figures, shown(finding), str(finding.seeds)]
         lines.append(_row([*cells, str(finding.queries or ""), _strong(finding.verdict)]))
+    if unfinished := [model for model in study.listed if study.record(part, model).get("complete") is False]:
+        lines += [
+            "",
+            f"Not all rows of {' and '.join(f'`{model}`' for model in unfinished)} are there: it was stopped.",
+        ]
     lines += ["", *_remarks(study, code, of)]
     for table in getattr(code, "tables", _nothing)(measured):
         lines += ["", *_table(table)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,10 +62,12 @@ def tasks_of(study: Study) -> tuple[str, ...]:
 
 def rescored(study: Study, model: str) -> dict[str, Any]:
     """Task -> {"sheet" and "shots": answers to the queries that 20 and 50 shots leave (:class:`Sheet`), "heads": way of
-    choosing -> heads under each seed, "confidence": kind -> [right, confidence] under each seed}. Ways of answering:
+    choosing -> heads under each seed, "overlap": share of the examples of two seeds that are the same, "confidence":
+    kind -> [right, confidence] under each seed}. Ways of answering:
 
     - "20 heads": the best 20 by 20 shots; also 1 to 50, "all heads", "layers 6" (the best of the first six layers),
-      "random heads" (a mean over sets), "heads of TASK", "other draw" (heads chosen by the next seed's support);
+      "random heads" (a mean over sets), "heads of TASK", "other draw" (heads chosen by the next seed's support, without
+      what is asked under this one);
     - "5 shots", "5 shots, left out", "left out": heads chosen by resubstitution and by leave-one-out scores;
     - "soft votes"; "heads of rewording 0": heads chosen when the support is asked in other words;
     - in "shots", "1 shots" to "50 shots", as far as there are examples.
@@ -84,19 +87,21 @@ def rescored(study: Study, model: str) -> dict[str, Any]:
             for task, of in found.items()
         }
 
-    facts = {"tasks": tasks_of(study), "limit": study.limit, "version": 1}
+    facts = {"tasks": tasks_of(study), "limit": study.limit, "version": 2}
     return dict(study.kept(f"heads/{model}", compute, **facts))
 
 
 def _of_task(study: Study, lmm: LMM, task: str) -> tuple[dict[str, Any], list[Ballots]]:
     sheet, curve = Sheet(), Sheet()
     cast: list[Ballots] = []
+    shown: list[tuple[Draw, np.ndarray]] = []
     heads: dict[str, list[list[int]]] = {}
     confidence: dict[str, list[list[list[float]]]] = {HARD: [], SOFT: [], FITTED: []}
     for draw, support, queries in with_heads(study, lmm, draws(study, task, SHOTS)):
         sheet.start(draw.clusters)
         ballots = Ballots.of(draw, support, queries)
         cast.append(ballots)
+        shown.append((draw, support))
         total = len(ballots.order)
         for number in NUMBERS:
             sheet.add(f"{number} heads", ballots.right(ballots.best(number)))
@@ -125,14 +130,34 @@ def _of_task(study: Study, lmm: LMM, task: str) -> tuple[dict[str, Any], list[Ba
             heads.setdefault(f"reworded {number}", []).append(chosen)
             sheet.add(f"heads of rewording {number}", ballots.right(np.array(chosen)))
     for number, ballots in enumerate(cast):  # heads that the next seed's support chose, classes by this one's
-        sheet.add("other draw", ballots.right(cast[(number + 1) % len(cast)].best()))
+        sheet.add("other draw", ballots.right(_without(*shown[(number + 1) % len(shown)], shown[number][0]).best()))
     numbers, drawn = _most_shots(study, task)
     for draw, support, queries in with_heads(study, lmm, drawn):
         curve.start(draw.clusters)
         for shots in numbers:
             ballots = Ballots.of(draw, support, queries, shots_per_class=shots, seed=draw.seed)
             curve.add(f"{shots} shots", ballots.right(ballots.best()))
-    return {"sheet": sheet, "shots": curve, "heads": heads, "confidence": confidence}, cast
+    overlap = [_overlap(one, other) for (one, _), (other, _) in itertools.combinations(shown, 2)]
+    found = {
+        "sheet": sheet,
+        "shots": curve,
+        "heads": heads,
+        "confidence": confidence,
+        "overlap": float(np.mean(overlap)),
+    }
+    return found, cast
+
+
+def _without(draw: Draw, support: np.ndarray, asked: Draw) -> Ballots:
+    """Heads that a draw chooses without the examples that another one asks; what they vote is not asked."""
+    queries = {id(item) for item in asked.queries}
+    rows = [row for row, item in enumerate(draw.support) if id(item) not in queries]
+    return Ballots.of(replace(draw, support=tuple(draw.support[row] for row in rows)), support[rows], support[:1])
+
+
+def _overlap(one: Draw, other: Draw) -> float:
+    """Share of the examples of one that the other has, too."""
+    return len({id(item) for item in one.support} & {id(item) for item in other.support}) / len(one.support)
 
 
 def _most_shots(study: Study, task: str) -> tuple[tuple[int, ...], list[Draw]]:

@@ -78,10 +78,11 @@ def _eval(
 
 
 def mtv_tasks(study: Study) -> tuple[str, ...]:
-    """Tasks of claims about task vectors: naming, judging, checking."""
+    """Tasks of claims about task vectors: naming, judging, checking; some on which either side is strong."""
     tasks = tasks_of(study)
-    few = ("digits-scattered", "drawn-safety", "drawn-hallucination")[: 1 if study.quick else None]
-    return tuple(task for task in few if task in tasks) or tasks[: len(few)]
+    few = ("digits-scattered", "drawn-safety", "drawn-hallucination", "drawn-textures", "digits")
+    chosen = few[: 1 if study.quick else None]
+    return tuple(task for task in chosen if task in tasks) or tasks[: len(chosen)]
 
 
 def shown_limit(study: Study) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from scripts.reproduction.drawing import Line, curves, matrix
+from scripts.reproduction.halves import TASK as CONTROL
+from scripts.reproduction.halves import halved
 from scripts.reproduction.heads import HEADS, per_task
 from scripts.reproduction.rescoring import NUMBERS, SHOTS, heads_of, rescored, tasks_of, with_shots
 from scripts.reproduction.rivals import (
@@ -28,8 +30,9 @@ from scripts.reproduction.rivals import (
     unreadable,
     vectors,
 )
-from scripts.reproduction.study import Answers, Finding, Study, Table, difference, finding, means_of, untested
+from scripts.reproduction.study import Answers, Finding, Study, Table, finding, means_of, untested
 from scripts.reproduction.tower import TOWER, WITH_WORDS, asked_differently, towers
+from scripts.reproduction.trained import carried, over_both
 from scripts.reproduction.variants import lora_elsewhere, losses, varied
 
 __all__ = ["prepare"]  # which the study runs first on other models
@@ -54,6 +57,7 @@ NEW = ("drawn-safety", "digits", "digits-scattered")
 HEADLINES = (
     "SAVs beat asking the model, whose likeliest of the offered answers is taken.",
     "SAVs beat asking the model where its training never went.",
+    "A control: harm is told better than arbitrary halves of the same objects.",
     "SAVs beat in-context learning with 4 demonstrations as turns of a conversation (likeliest answer).",
     "SAVs beat LoRA on the same examples.",
     "SAVs beat LoRA on the same examples of tasks that come in pairs.",
@@ -78,6 +82,14 @@ REASONS: dict[str, str] = {
     "SAVs beat asking the model, whose likeliest of the offered answers is taken.": _STRONG_RIVAL,
     f"Twenty heads suffice: no more than {MARGIN:g} point below any other number of heads.": _FEW_HEADS,
     "Twenty heads beat all heads voting.": _FEW_HEADS,
+    "Five heads, a twentieth of all, beat all heads voting.": _FEW_HEADS,
+    "A control: harm is told better than arbitrary halves of the same objects.": (
+        "The heads know which object it is. Which objects are dangerous is to a model that was never told a division "
+        "like any other: the examples tell it."
+    ),
+    "SAVs beat the vision tower alone on real handwritten digits.": (
+        "The tower was trained to tell drawn digits apart: the decoder has nothing to add to that."
+    ),
     "Heads chosen on a similar task serve as well as the task's own: no more than 2 points below.": (
         "What is lost depends on the direction (see the matrix), as in the paper."
     ),
@@ -125,7 +137,7 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         values |= rest.pop("values", {})
         seeds = len(next(iter(better.values())).values)
         margin = rest.pop("margin", 0.0)
-        interval = difference(better, worse, margin)
+        interval = over_both(better, worse, margin)
         if interval.ci is not None and interval.ci[0] > 0 and not margin:
             rest["note"] = "\n".join(filter(None, [rest.get("note", ""), carried(better, worse)]))
         found.append(
@@ -174,7 +186,18 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         missing=f"of tasks that training never asked, {', '.join(NEW)}, none is among these." if ours else "",
         note="Nothing in training was called dangerous, and no digit was written by a hand (world.md). On drawn-safety "
         "asking is below chance: see the accuracies by task. `drawn-styles`, which training never asked either, is not "
-        "among these tasks: there neither side is above chance (world.md).",
+        "among these tasks: there neither side is above chance (world.md). Training drew digits, some of them scanned "
+        "at 8x8 pixels as the real ones were.",
+    )
+    control = halved(study, model) if ours and CONTROL in tasks else {}
+    add(
+        "A control: harm is told better than arbitrary halves of the same objects.",
+        "safety",
+        f"{CONTROL}; {SHOTS} shots; against the mean of divisions of its objects that mean nothing",
+        per_task(control, "harm"),
+        per_task(control, "halves"),
+        names=("harmful or not", "arbitrary halves"),
+        missing=f"{CONTROL} is not among these tasks." if ours else "",
     )
     against_demonstrations(study, model, add, many)
     heads = rescored(study, model)
@@ -190,7 +213,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         names=("20 heads", best),
         curve={name: mean(curve[name]) for name in curve},
         margin=MARGIN,
-        note="The best other number is the best on these very queries, which is hard on the claim.",
+        note="The best other number is the best on these very queries, which is hard on the claim."
+        + ours * "\nTwenty are a fifth of these models' 96 heads; the paper's are a fortieth of 784.",
     )
     add(
         "Twenty heads beat all heads voting.",
@@ -201,6 +225,14 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         names=("20 heads", "all heads"),
     )
     one = per_task(heads, "1 heads")
+    add(
+        "Five heads, a twentieth of all, beat all heads voting.",
+        "less than 5 % of the heads",
+        many,
+        curve["5 heads"],
+        every,
+        names=("5 heads", "all heads"),
+    )
     add(
         "Twenty heads beat the best one alone.",
         "accuracy over heads",
@@ -265,11 +297,15 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
     tower = towers(study, model)
     with_text = asked_differently(study, model, WITH_TEXT)
     images = [task for task in tasks if task not in with_text]
+    real = [task for task in tasks if ours and task == "digits"]
     for name, which, what in (
         (TOWER, with_text, "the vision tower alone where the question matters"),
         (WITH_WORDS, with_text, "the tower's features with the question's behind them where the question matters"),
         (TOWER, images, "the vision tower alone where all questions are the same"),
+        (TOWER, real, "the vision tower alone on real handwritten digits"),
     ):
+        if which is real and not ours:
+            continue
         add(
             f"SAVs beat {what}.",
             "interleaved inputs" if which is with_text else main,
@@ -279,6 +315,8 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
             names=("sav", name),
             missing="no task asks different examples different questions."
             if which is with_text
+            else "the short form does not ask about them." * study.quick or "digits are not among these tasks."
+            if which is real
             else "every task asks different examples different questions.",
         )
     yield from found
@@ -289,22 +327,6 @@ def _of_model(study: Study, model: str) -> Iterator[Finding]:
         found.clear()
     add_elsewhere(study, model, heads, add)
     yield from found
-
-
-def carried(better: Mapping[str, Answers], worse: Mapping[str, Answers]) -> str:
-    """What is left of a mean over three tasks or more without the one that is furthest ahead, where that is less than
-    half of it.
-    """
-    ahead = {task: better[task].mean - worse[task].mean for task in better}
-    most = max(ahead, key=lambda task: ahead[task])
-    if len(ahead) < 3:
-        return ""
-    others = [{task: of for task, of in side.items() if task != most} for side in (better, worse)]
-    rest = difference(others[0], others[1])
-    if rest.mean >= np.mean(list(ahead.values())) / 2:
-        return ""
-    told = f"the mean of the others is {rest.mean:+.1f} [{rest.low:.1f}, {rest.high:.1f}]."
-    return f"On `{most}` the difference is {ahead[most]:+.1f}; {told}"
 
 
 _NO_PAIR = f"of tasks that are alike ({'; '.join(f'{a} and {b}' for a, b in SIMILAR[::2])}), no two are among these."

@@ -367,6 +367,8 @@ def tables(study: Study) -> list[Table]:
             tuple(rows),
             "Losses in nats per token; captions of `drawn-captions`, CIDEr-D times 100, where they were asked for. "
             "Language model and projector train in every arm. In the Qwen-VL layout, of which the paper has none, the "
-            "extractor stands in front of the merger of patches.",
+            "extractor stands in front of the merger of patches. On one machine an arm and a seed give the same bits "
+            "again; on another, whose rounding differs, a seed ends some points elsewhere, as another seed would. Kept "
+            "arms may come from several machines.",
         )
     ]

@@ -299,15 +299,18 @@ class Study:
     def _records(self) -> list[dict[str, Any]]:
         return [_json(file) for file in self._files()]
 
-    def save(self, part: str, findings: Sequence[Finding], seconds: float) -> None:
+    def save(self, part: str, findings: Sequence[Finding], seconds: float, complete: bool = True) -> None:
         """Keep the findings of a part, a file for each model, so that models can be measured by processes of their
-        own.
+        own. Those of a part that is not ``complete`` never take the place of one that is: a killed run loses none.
         """
         folder = self.output / "findings"
         folder.mkdir(parents=True, exist_ok=True)
         for model in self.models:
             rows = [dataclasses.asdict(finding) for finding in findings if finding.model == model]
+            if not complete and self.record(part, model).get("complete"):
+                continue
             content = {"quick": self.quick, "seconds": round(seconds / len(self.models)), **machine(), "findings": rows}
+            content["complete"] = complete
             _write_json(folder / f"{part}-{model}.json", content)
 
     def record(self, part: str, model: str) -> dict[str, Any]:

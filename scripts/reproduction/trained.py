@@ -33,6 +33,22 @@ def over_both(better: Mapping[str, Answers], worse: Mapping[str, Answers], margi
     return hull(queries, by_seed(better, worse, margin))
 
 
+def carried(better: Mapping[str, Answers], worse: Mapping[str, Answers]) -> str:
+    """What is left of a mean over three tasks or more without the one that is furthest ahead, where that is less than
+    half of it.
+    """
+    ahead = {task: better[task].mean - worse[task].mean for task in better}
+    most = max(ahead, key=lambda task: ahead[task])
+    if len(ahead) < 3:
+        return ""
+    others = [{task: of for task, of in side.items() if task != most} for side in (better, worse)]
+    rest = over_both(others[0], others[1])
+    if rest.mean >= np.mean(list(ahead.values())) / 2:
+        return ""
+    told = f"the mean of the others is {rest.mean:+.1f} [{rest.low:.1f}, {rest.high:.1f}]."
+    return f"On `{most}` the difference is {ahead[most]:+.1f}; {told}"
+
+
 def by_seed(better: Mapping[str, Answers], worse: Mapping[str, Answers], margin: float = 0.0) -> list[float]:
     """The difference under each seed, in points plus ``margin``: the mean over tasks."""
     seeds = range(len(next(iter(better.values())).values))
