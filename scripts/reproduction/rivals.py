@@ -62,7 +62,8 @@ def vectors(study: Study, model: str) -> Path:
 def tuned(study: Study, model: str) -> Path:
     """LoRA on the same examples."""
     recipe = ["--lora-rates", "1e-3", "--lora-steps", "20" if study.quick else "100"]
-    return _eval(study, model, "lora", lora_tasks(study), ("sav", "lora", "lora-likelihood"), study.limit, *recipe)
+    methods = ("sav", "lora") if study.quick else ("sav", "lora", "lora-likelihood")
+    return _eval(study, model, "lora", lora_tasks(study), methods, study.limit, *recipe)
 
 
 def _eval(

@@ -277,7 +277,8 @@ def cells(study: Study, model: str) -> Cells:
     for arm in dict.fromkeys([*(arm for *_, with_it, without in CLAIMS for arm in (with_it, without)), PLAIN]):
         if fits or not arm.prototypes:
             told = arm in (Arm(prototypes=fits), PLAIN)
-            found[arm] = [cell(study, load, model, arm, seed, told) for seed in trainings(study)]
+            seeds = trainings(study)[: 1 if study.quick else None]
+            found[arm] = [cell(study, load, model, arm, seed, told) for seed in seeds]
     return Cells(found)
 
 
