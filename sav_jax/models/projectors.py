@@ -193,9 +193,7 @@ class PackedPrototypes(nn.Module):
         for _ in range(self.prototypes.num_iterations - 1):
             shares = jax.nn.softmax(within(keys, turned, shares, segments) + constant, axis=2)
         squares = within(None, None, shares * within(features, features, shares, segments), segments)
-        some = squares > 0  # the derivative of the root at zero is infinite
-        lengths = jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)
-        cosine = within(normalized(y, axis=2), features, shares, segments) / jnp.maximum(lengths, NORM_EPS)
+        cosine = within(normalized(y, axis=2), features, shares, segments) / _length(squares)
         mixed = within(cosine, shares, features, segments) / count
         return (y + Projection("BPC,EC->BPE", (c, c), 1, name="to_residual")(mixed)).astype(x.dtype)
 
@@ -228,11 +226,14 @@ def adaptive_pooling(length: int, count: int) -> np.ndarray:
 
 def normalized(x: jax.Array, axis: int) -> jax.Array:
     """``x`` over its length along ``axis``, or over ``NORM_EPS``; the gradient is finite at zero too."""
-    squares = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+    return x / _length(jnp.sum(jnp.square(x), axis=axis, keepdims=True))
+
+
+def _length(squares: jax.Array) -> jax.Array:
+    """The root of sums of squares, or ``NORM_EPS``."""
     # The derivative of the root at zero is infinite: it is taken of one instead, where its result is not used.
     some = squares > 0
-    length = jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)
-    return x / jnp.maximum(length, NORM_EPS)
+    return jnp.maximum(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0), NORM_EPS)
 
 
 def cosines(centers: jax.Array, x: jax.Array) -> jax.Array:

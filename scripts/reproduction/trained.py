@@ -1,4 +1,4 @@
-"""What the parts with trainings of their own share: intervals over seeds and queries, and pictures."""
+"""What the parts share: intervals over seeds and queries; which seeds are trainings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def trainings(study: Study) -> tuple[int, ...]:
 
 
 def over_both(better: Mapping[str, Answers], worse: Mapping[str, Answers], margin: float = 0.0) -> Difference:
-    """How far ``better`` is ahead, in points, where every seed is a training, or a draw of demonstrations, of its own.
+    """How far ``better`` is ahead, in points, where every seed is a training, or a draw of examples, of its own.
 
     The interval has the ends of two: Student's of the seeds' differences, with queries as they are, and the bootstrap's
     over queries, with seeds as they are. It is never narrower than either.
